@@ -1,0 +1,155 @@
+"""Denoiser: a network, its noise schedule and what it was trained to predict, behind one contract.
+
+    denoiser(x_t, t, cond) -> Prediction(x0, eps)
+
+B batch, C channels; x_t, x0, eps are (B, C, *grid), t is (B,) float64 in (0, 1]. alpha, sigma and
+r = sqrt(alpha^2 + sigma^2) below broadcast against x.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ldm.conditioning import Conditioning
+from ldm.config import Config
+from ldm.noise import NoiseSchedule, per_item
+
+Target = Literal["eps", "x0", "v", "flow"]
+
+
+class Prediction(NamedTuple):
+    """x0, eps (B, C, *grid) with x_t = alpha_t x0 + sigma_t eps; `var_mix` in [0, 1] if it is learned."""
+
+    x0: Tensor
+    eps: Tensor
+    var_mix: Tensor | None = None
+
+
+Predict = Callable[[Tensor, Tensor], Prediction]  # (x_t, t) with the conditioning bound
+
+
+@dataclass(frozen=True)
+class DenoiserConfig(Config):
+    """What the network was trained for.
+
+    target: eps (Ho et al. 2020), x0, v (Salimans & Ho 2022) or flow, u = eps - x0 (Lipman et al. 2023).
+    input_scale: "unit" gives the network x_t / r, "none" x_t itself. clip_x0: bound on |x0|, for pixels.
+    weighting: "simple" is the plain squared error of the target; "min_snr" weights the error of x0 by
+    min(SNR, min_snr_gamma) (Hang et al. 2023, sec. 3.4).
+    """
+
+    target: Target = "v"
+    input_scale: Literal["none", "unit"] = "none"
+    clip_x0: float | None = None
+    weighting: Literal["simple", "min_snr"] = "simple"
+    min_snr_gamma: float = 5.0
+
+    def __post_init__(self) -> None:
+        if self.clip_x0 is not None and self.clip_x0 <= 0:
+            raise ValueError(f"clip_x0 must be positive, not {self.clip_x0}")
+        if self.min_snr_gamma <= 0:
+            raise ValueError(f"min_snr_gamma must be positive, not {self.min_snr_gamma}")
+
+
+def to_target(kind: Target, x0: Tensor, eps: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
+    """What a network of this kind should put out for x_t = alpha x0 + sigma eps."""
+    if kind == "eps":
+        return eps
+    if kind == "x0":
+        return x0
+    if kind == "v":
+        return (alpha * eps - sigma * x0) / torch.sqrt(alpha**2 + sigma**2)
+    return eps - x0
+
+
+def from_output(kind: Target, out: Tensor, x: Tensor, alpha: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
+    """(x0, eps) from the network's output: the inverse of `to_target` at x = x_t.
+
+    v and flow are finite everywhere; eps does not determine x0 at alpha = 0, nor x0 eps at sigma = 0: what
+    the division by zero gives is returned.
+    """
+    if kind == "eps":
+        return (x - sigma * out) / alpha, out
+    if kind == "x0":
+        return out, (x - alpha * out) / sigma
+    if kind == "v":
+        r2 = alpha**2 + sigma**2
+        rv = torch.sqrt(r2) * out
+        return (alpha * x - sigma * rv) / r2, (sigma * x + alpha * rv) / r2
+    return (x - sigma * out) / (alpha + sigma), (x + alpha * out) / (alpha + sigma)
+
+
+def loss_weight(config: DenoiserConfig, alpha: Tensor, sigma: Tensor) -> Tensor:
+    """Weight (B,) of the squared error of the target, for (B,) alpha and sigma.
+
+    min_snr: min(SNR, gamma) times (error of x0 / error of the target)^2, which is 1/SNR for eps, 1 for x0,
+    1/(SNR + 1) for v and sigma^2 / (alpha + sigma)^2 for flow; written so that it is finite at both ends.
+    """
+    if config.weighting == "simple":
+        return torch.ones_like(alpha)
+    alpha2, bound = alpha**2, config.min_snr_gamma * sigma**2
+    if config.target == "eps":
+        return (bound / alpha2).clamp(max=1)
+    if config.target == "x0":
+        return (alpha2 / sigma**2).clamp(max=config.min_snr_gamma)
+    if config.target == "v":
+        return torch.minimum(alpha2, bound) / (alpha2 + sigma**2)
+    return torch.minimum(alpha2, bound) / (alpha + sigma) ** 2
+
+
+class Denoiser(nn.Module):
+    """A diffusers `UNet2DConditionModel` (or one called like it) with its schedule and parameterisation."""
+
+    def __init__(self, net: nn.Module, schedule: NoiseSchedule, config: DenoiserConfig) -> None:
+        super().__init__()
+        self.net = net
+        self.schedule = schedule
+        self.config = config
+
+    def forward(self, x_t: Tensor, t: Tensor, cond: Conditioning) -> Prediction:
+        """x0 and eps for x_t; x0 is clipped if the config says so, and eps follows it."""
+        return self.clip(self.predict(x_t, t, cond), x_t, t)
+
+    def predict(self, x_t: Tensor, t: Tensor, cond: Conditioning) -> Prediction:
+        """As `forward`, before clipping: guidance combines these and clips once."""
+        alpha, sigma = (per_item(c, x_t) for c in self.schedule.alpha_sigma(t))
+        x0, eps = from_output(self.config.target, self._run(x_t, t, cond), x_t, alpha, sigma)
+        return Prediction(x0, eps)
+
+    def clip(self, prediction: Prediction, x_t: Tensor, t: Tensor) -> Prediction:
+        """Bound |x0| by `clip_x0` and recompute eps from it; unchanged where the config has none."""
+        if self.config.clip_x0 is None:
+            return prediction
+        alpha, sigma = (per_item(c, x_t) for c in self.schedule.alpha_sigma(t))
+        x0 = prediction.x0.clamp(-self.config.clip_x0, self.config.clip_x0)
+        return prediction._replace(x0=x0, eps=(x_t - alpha * x0) / sigma)
+
+    def loss(self, x0: Tensor, eps: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
+        """Weighted mean squared error of the target per item, (B,), float32 (float64 for float64 data)."""
+        alpha_t, sigma_t = self.schedule.alpha_sigma(t)
+        alpha, sigma = per_item(alpha_t, x0), per_item(sigma_t, x0)
+        out = self._run(self.schedule.add_noise(x0, eps, t), t, cond)
+        error = (out - to_target(self.config.target, x0, eps, alpha, sigma)) ** 2
+        weight = loss_weight(self.config, alpha_t, sigma_t).to(error)
+        return weight * error.flatten(1).mean(1)
+
+    def _run(self, x_t: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
+        """The network's output for x_t, at least float32 whatever the precision of the network."""
+        if self.config.input_scale == "unit":
+            alpha, sigma = self.schedule.alpha_sigma(t)
+            x = x_t * per_item((alpha**2 + sigma**2).rsqrt(), x_t)
+        else:
+            x = x_t
+        dtype = next(self.net.parameters()).dtype
+        out: Tensor = self.net(
+            x.to(dtype),
+            self.schedule.network_time(t).to(x.device),
+            encoder_hidden_states=None if cond.text is None else cond.text.to(dtype),
+            encoder_attention_mask=cond.text_mask,
+        ).sample
+        return out.to(torch.promote_types(x_t.dtype, torch.float32))

@@ -1,0 +1,95 @@
+"""LatentCodec: pixels <-> moments <-> latents.
+
+    pixels (B, 3, H, W) in [-1, 1] -> space-to-depth -> AutoencoderKL -> moments (B, 2C, h, w) = [mean, log-variance]
+    moments -> a draw, or the mean -> raw latent (B, C, h, w) -> (raw - mean) / std of the stage -> unit variance
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import pixel_shuffle, pixel_unshuffle
+
+from ldm.config import Config
+from ldm.models.autoencoder import AutoencoderConfig, build_autoencoder
+
+LOG_VARIANCE_RANGE = (-30.0, 20.0)
+
+
+@dataclass(frozen=True)
+class CodecConfig(Config):
+    """Space-to-depth by `unshuffle`, then an autoencoder."""
+
+    unshuffle: int = 4
+    autoencoder: AutoencoderConfig = AutoencoderConfig()
+
+    def __post_init__(self) -> None:
+        if self.unshuffle not in (1, 2, 4, 8):
+            raise ValueError(f"unshuffle must be 1, 2, 4 or 8, not {self.unshuffle}")
+
+    @property
+    def factor(self) -> int:
+        """Pixels per latent cell along each side."""
+        return self.unshuffle * 2 ** (len(self.autoencoder.widths) - 1)
+
+    @property
+    def latent_channels(self) -> int:
+        return self.autoencoder.latent_channels
+
+
+@dataclass(frozen=True)
+class Normalisation(Config):
+    """Per-channel mean and standard deviation of raw latents, measured on a stage's own training cache."""
+
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+    def apply(self, raw: Tensor) -> Tensor:
+        """Raw latents (B, C, h, w) -> unit variance per channel."""
+        return (raw - self._column(self.mean, raw)) / self._column(self.std, raw)
+
+    def invert(self, latents: Tensor) -> Tensor:
+        """Unit-variance latents (B, C, h, w) -> raw."""
+        return latents * self._column(self.std, latents) + self._column(self.mean, latents)
+
+    @staticmethod
+    def _column(values: tuple[float, ...], like: Tensor) -> Tensor:
+        return torch.tensor(values, dtype=like.dtype, device=like.device).view(1, -1, 1, 1)
+
+
+def sample_moments(moments: Tensor, noise: Tensor) -> Tensor:
+    """A draw from the posterior: moments (B, 2C, h, w), noise (B, C, h, w) ~ N(0, I) -> raw latents (B, C, h, w)."""
+    mean, log_variance = moments.chunk(2, dim=1)
+    return mean + torch.exp(0.5 * log_variance) * noise
+
+
+def kl_to_standard_normal(moments: Tensor) -> Tensor:
+    """KL(N(mean, variance) || N(0, I)) per image, in nats summed over the latent: (B, 2C, h, w) -> (B,)."""
+    mean, log_variance = moments.chunk(2, dim=1)
+    return 0.5 * (mean**2 + log_variance.exp() - 1 - log_variance).flatten(1).sum(1)
+
+
+class LatentCodec(nn.Module):
+    """Encodes pixels to moments and decodes raw latents to pixels; knows nothing of any stage's statistics."""
+
+    def __init__(self, config: CodecConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.autoencoder = build_autoencoder(config.autoencoder, 3 * config.unshuffle**2)
+
+    def encode(self, pixels: Tensor) -> Tensor:
+        """Pixels (B, 3, H, W) in [-1, 1], H and W multiples of `config.factor` -> moments (B, 2C, h, w).
+
+        Raises ValueError for other sizes.
+        """
+        if pixels.shape[-1] % self.config.factor or pixels.shape[-2] % self.config.factor:
+            raise ValueError(f"picture sides {tuple(pixels.shape[-2:])} must be multiples of {self.config.factor}")
+        parameters = self.autoencoder.encode(pixel_unshuffle(pixels, self.config.unshuffle)).latent_dist.parameters
+        mean, log_variance = parameters.chunk(2, dim=1)
+        return torch.cat([mean, log_variance.clamp(*LOG_VARIANCE_RANGE)], dim=1)
+
+    def decode(self, raw: Tensor) -> Tensor:
+        """Raw latents (B, C, h, w) -> pixels (B, 3, H, W), not clipped."""
+        return pixel_shuffle(self.autoencoder.decode(raw).sample, self.config.unshuffle)

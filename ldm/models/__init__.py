@@ -1,0 +1,1 @@
+"""Networks: a config dataclass beside a builder of the real module."""

@@ -1,0 +1,46 @@
+"""The convolutional part of a codec: diffusers' AutoencoderKL, sized by a config."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from diffusers import AutoencoderKL
+
+from ldm.config import Config
+
+
+@dataclass(frozen=True)
+class AutoencoderConfig(Config):
+    """An AutoencoderKL on `channels` input channels; each entry of `widths` after the first halves the grid."""
+
+    widths: tuple[int, ...] = (96, 192)
+    layers_per_block: int = 1
+    latent_channels: int = 16
+    mid_attention: bool = False
+    norm_groups: int = 32
+
+    def __post_init__(self) -> None:
+        if not self.widths or any(w < 1 or w > 4096 or w % self.norm_groups for w in self.widths):
+            raise ValueError(f"widths {self.widths} must be multiples of norm_groups {self.norm_groups}, at most 4096")
+        if not 1 <= self.latent_channels <= 256 or not 1 <= self.layers_per_block <= 8:
+            raise ValueError("latent_channels must be 1 to 256 and layers_per_block 1 to 8")
+
+
+def build_autoencoder(config: AutoencoderConfig, channels: int) -> AutoencoderKL:
+    """An AutoencoderKL with random weights that maps (B, channels, H, W) to moments and back."""
+    levels = len(config.widths)
+    return AutoencoderKL(
+        in_channels=channels,
+        out_channels=channels,
+        down_block_types=("DownEncoderBlock2D",) * levels,
+        up_block_types=("UpDecoderBlock2D",) * levels,
+        block_out_channels=config.widths,
+        layers_per_block=config.layers_per_block,
+        latent_channels=config.latent_channels,
+        norm_num_groups=config.norm_groups,
+        mid_block_add_attention=config.mid_attention,
+        use_quant_conv=False,
+        use_post_quant_conv=False,
+        # a codec's scale belongs to the stage, which measures it; 1.0 keeps stock loaders from guessing SD's
+        scaling_factor=1.0,
+    )

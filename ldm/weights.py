@@ -1,0 +1,197 @@
+"""Weights on disk: a folder = config.json + safetensors. Save, load strictly, digest. Never a pickle.
+
+Networks are saved in diffusers' own layout, so that the stock classes load them too.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+import struct
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+from diffusers import ModelMixin
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from ldm.config import UserError, parse, to_dict
+from ldm.latents import CodecConfig, LatentCodec
+
+N = TypeVar("N", bound=nn.Module)
+
+NETWORK_FILE = "diffusion_pytorch_model.safetensors"
+MAX_HEADER_BYTES = 25_000_000
+_DTYPES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
+_PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+
+
+class Codec(NamedTuple):
+    """A codec with the digest of its files, which caches and stages are keyed by."""
+
+    module: LatentCodec
+    digest: str
+
+
+def read_header(path: Path) -> dict[str, tuple[int, ...]]:
+    """Name -> shape of the tensors of a safetensors file, checked before anything is allocated.
+
+    Raises UserError, naming the tensor, where the header lies: sizes, offsets with gaps or overlaps, duplicate
+    names, types that are no weights.
+    """
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        start = file.read(8)
+        length = struct.unpack("<Q", start)[0] if len(start) == 8 else size
+        if length > min(size - 8, MAX_HEADER_BYTES):
+            raise UserError(f"{path}: not a whole safetensors file (header of {length} bytes in {size})")
+        text = file.read(length)
+    try:
+        entries = json.loads(text, object_pairs_hook=_no_duplicates)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}: unreadable header: {error}") from None
+    if not isinstance(entries, dict):
+        raise UserError(f"{path}: unreadable header: not a table of tensors")
+    entries.pop("__metadata__", None)
+    shapes, spans = {}, []
+    for name, entry in entries.items():
+        try:
+            dtype, shape, (begin, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
+            if any(type(n) is not int or n < 0 for n in (*shape, begin, end)):
+                raise ValueError
+        except (KeyError, TypeError, ValueError):
+            raise UserError(f"{path}: tensor {name!r}: malformed entry in the header") from None
+        if dtype not in _DTYPES:
+            raise UserError(f"{path}: tensor {name!r}: type {dtype}, expected one of {', '.join(_DTYPES)}")
+        count = 1
+        for n in shape:
+            count *= n
+        if end - begin != count * _DTYPES[dtype]:
+            raise UserError(f"{path}: tensor {name!r}: {end - begin} bytes for shape {shape} of {dtype}")
+        shapes[name] = shape
+        spans.append((begin, end, name))
+    reached = 0
+    for begin, end, name in sorted(spans):
+        if begin != reached:
+            raise UserError(f"{path}: tensor {name!r}: offset {begin}, expected {reached} (gap or overlap)")
+        reached = end
+    if reached != size - 8 - length:
+        raise UserError(f"{path}: {size - 8 - length} bytes of data, the header tells of {reached}: truncated?")
+    return shapes
+
+
+def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    table = dict(pairs)
+    if len(table) != len(pairs):
+        raise ValueError("a name stands twice")
+    return table
+
+
+def load_network(build: Callable[[], N], path: Path) -> N:
+    """The network that `build` makes, with the weights of a safetensors file in float32, in eval mode.
+
+    Raises UserError for a file that is missing, pickled or malformed, or whose tensors do not fit, by name.
+    """
+    check_weights_file(path)
+    shapes = read_header(path)
+    with torch.device("meta"):
+        network = build()
+    wanted = {name: tuple(value.shape) for name, value in network.state_dict().items()}
+    faults = [f"{n}: missing" for n in wanted.keys() - shapes.keys()]
+    faults += [f"{n}: unexpected" for n in shapes.keys() - wanted.keys()]
+    faults += [f"{n}: shape {shapes[n]}, expected {wanted[n]}" for n in wanted.keys() & shapes.keys()
+               if shapes[n] != wanted[n]]  # fmt: skip
+    if faults:
+        more = f" and {len(faults) - 5} more" if len(faults) > 5 else ""
+        raise UserError(f"{path}: does not fit its config: {'; '.join(sorted(faults)[:5])}{more}")
+    tensors = {name: value.float() for name, value in load_file(path).items()}
+    network.load_state_dict(tensors, assign=True)
+    return network.eval().requires_grad_(False)
+
+
+def check_weights_file(path: Path) -> None:
+    """Raise UserError unless `path` is a file that may hold safetensors; say so where only pickles lie."""
+    pickles = sorted(p.name for p in path.parent.glob("*") if p.suffix in _PICKLES) if path.parent.is_dir() else []
+    if path.suffix in _PICKLES or (not path.is_file() and pickles):
+        found = path.name if path.suffix in _PICKLES else pickles[0]
+        raise UserError(
+            f"{path.parent / found}: pickled weights can run code when opened, so they are refused. "
+            "Convert the file to safetensors where you trust it, then name the folder again"
+        )
+    if not path.is_file():
+        raise UserError(f"{path}: no such file")
+
+
+def save_network(network: nn.Module, folder: Path, dtype: torch.dtype = torch.float16) -> None:
+    """Write a diffusers network as config.json + safetensors of `dtype`. The network itself is left as it is."""
+    if not isinstance(network, ModelMixin):
+        raise TypeError(f"{type(network).__name__} is not a diffusers network")
+    copied = copy.deepcopy(network).to(device="cpu", dtype=dtype)
+    copied = copied.to(memory_format=torch.contiguous_format)
+    copied.save_pretrained(str(folder), safe_serialization=True)
+
+
+def read_json(path: Path) -> Any:
+    """The JSON content of a small text file. Raises UserError where it is missing or malformed."""
+    try:
+        if path.stat().st_size > MAX_HEADER_BYTES:
+            raise UserError(f"{path}: too large for a config")
+        return json.loads(path.read_text(encoding="utf-8"), parse_constant=_refuse_constant)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}: not readable as JSON: {error}") from None
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is not JSON")
+
+
+def write_json(path: Path, data: Any) -> None:
+    """Write plain data as indented JSON; NaN and infinities are refused."""
+    path.write_text(json.dumps(data, indent=1, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
+
+
+def folder_digest(folder: Path) -> str:
+    """SHA-256 over the names and contents of every file below a folder."""
+    digest = hashlib.sha256()
+    for path in sorted(p for p in folder.rglob("*") if p.is_file()):
+        with path.open("rb") as file:
+            content = hashlib.file_digest(file, "sha256").hexdigest()
+        digest.update(f"{path.relative_to(folder).as_posix()} {content}\n".encode())
+    return digest.hexdigest()
+
+
+def save_codec(codec: LatentCodec, folder: Path) -> None:
+    """Write a codec folder: config.json and the diffusers folder vae/, in float16."""
+    save_network(codec.autoencoder, folder / "vae")
+    write_json(folder / "config.json", to_dict(codec.config))
+
+
+def load_codec(folder: str | Path) -> Codec:
+    """Read a codec folder. Raises UserError where it is not one or is damaged."""
+    folder = Path(folder)
+    if not (folder / "config.json").is_file():
+        check_weights_file(folder / "config.json")
+    config = parse(CodecConfig, read_json(folder / "config.json"), str(folder / "config.json"))
+
+    def build() -> nn.Module:
+        return LatentCodec(config).autoencoder
+
+    with torch.device("meta"):
+        codec = LatentCodec(config)
+    codec.autoencoder = load_network(build, folder / "vae" / NETWORK_FILE)  # type: ignore[assignment]
+    return Codec(codec.eval().requires_grad_(False), folder_digest(folder))
+
+
+def tensors_digest(tensors: dict[str, Tensor]) -> str:
+    """SHA-256 over names, shapes and bytes of tensors."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        value = tensors[name].detach().cpu().contiguous()
+        digest.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())
+        digest.update(value.view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()

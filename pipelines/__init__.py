@@ -1,0 +1,1 @@
+"""Inference: stages, the cascade and pictures on disk."""

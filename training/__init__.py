@@ -1,0 +1,1 @@
+"""Training: data, cache, steps, the loop."""

