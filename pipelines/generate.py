@@ -1,0 +1,97 @@
+"""`ldm generate`: prompts -> checked request -> Cascade -> PNG files and a grid."""
+
+from __future__ import annotations
+
+import math
+import os
+import secrets
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from ldm.config import UserError
+from pipelines.cascade import MAX_GUIDANCE, MAX_STEPS, Cascade, load_cascade
+from pipelines.images import grid, save_png, to_uint8
+
+SHIPPED = Path(__file__).parent / "weights" / "emoji"
+MAX_SEED = 2**63 - 1
+MAX_PIXELS = 2**30
+MAX_PROMPT_CHARS = 100_000
+
+
+def generate(prompts: Sequence[str], model: str | Path | None = None, n: int = 4, seed: int = 7,
+             steps: int | None = None, guidance: float | None = None, out: str | Path = "out",
+             overwrite: bool = False, device: str = "cpu", tell: Callable[[str], None] = lambda line: None,
+             on_step: Callable[[int, int], None] | None = None) -> Path:  # fmt: skip
+    """Write `n` pictures per prompt and grid.png into `out`; returns the grid's path.
+
+    Picture i of prompt j is file j n + i, made with seed + i; seed -1 draws one at random, which the pictures'
+    metadata record. tell: gets a line for each thing the user should know (truncation, empty prompts, the seed).
+    Raises UserError, before any work, for values out of range, a model that cannot be used, or files in the way.
+    """
+    check_request(prompts, n, seed, steps, guidance)
+    if seed == -1:
+        seed = secrets.randbelow(2**32)
+        tell(f"seed {seed}")
+    out = Path(out)
+    names = [f"{k:04d}.png" for k in range(len(prompts) * n)] + ["grid.png"]
+    check_out(out, names, overwrite)
+    cascade = load_cascade(model or SHIPPED, device)
+    side = cascade.stages[-1].config.resolution_px
+    if len(prompts) * n * side**2 > MAX_PIXELS:
+        raise UserError(
+            f"{len(prompts)} prompts x n {n} at {side} px is too much for one call; at most "
+            f"{MAX_PIXELS // side**2} pictures"
+        )
+    sampling = cascade.sampling(steps, guidance)
+    for prompt in prompts:
+        for line in prompt_notes(cascade, prompt):
+            tell(line)
+    asked = [(prompt, seed + i) for prompt in prompts for i in range(n)]
+    pictures = to_uint8(cascade([p for p, _ in asked], [s for _, s in asked], sampling, on_step))
+    out.mkdir(parents=True, exist_ok=True)
+    for name, picture, (prompt, number) in zip(names, pictures, asked, strict=False):
+        save_png(picture, out / name, cascade.recipe(prompt, number, sampling))
+    columns = n if len(prompts) > 1 else min(n, math.ceil(math.sqrt(n)))
+    save_png(grid(list(pictures), columns), out / "grid.png")
+    return out / "grid.png"
+
+
+def check_request(prompts: Sequence[str], n: int, seed: int, steps: int | None, guidance: float | None) -> None:
+    """Raise UserError, naming the value and its range, for a request that cannot be met."""
+    if not prompts:
+        raise UserError("no prompt: give at least one, for example \"a red heart, noto style\"")
+    for prompt in prompts:
+        if len(prompt) > MAX_PROMPT_CHARS:
+            raise UserError(f"a prompt of {len(prompt)} characters: at most {MAX_PROMPT_CHARS} are accepted")
+    if not 1 <= n <= 10_000:
+        raise UserError(f"--n {n}: must be from 1 to 10000")
+    if not -1 <= seed <= MAX_SEED - n:
+        raise UserError(f"--seed {seed}: must be from 0 to {MAX_SEED - n}, or -1 for a random one")
+    if steps is not None and not 1 <= steps <= MAX_STEPS:
+        raise UserError(f"--steps {steps}: must be from 1 to {MAX_STEPS}")
+    if guidance is not None and not 0 <= guidance <= MAX_GUIDANCE:
+        raise UserError(f"--guidance {guidance}: must be from 0 to {MAX_GUIDANCE:g}; 1 is none")
+
+
+def check_out(out: Path, names: Sequence[str], overwrite: bool) -> None:
+    """Raise UserError where `out` cannot take the files, or holds some of them and `overwrite` is not given."""
+    if out.exists() and not out.is_dir():
+        raise UserError(f"{out}: is a file, not a folder; name another with --out")
+    near = next(p for p in (out, *out.absolute().parents) if p.exists())
+    if not near.is_dir() or not os.access(near, os.W_OK | os.X_OK):
+        raise UserError(f"{out}: {near} cannot be written to; name another folder with --out")
+    there = [name for name in names if (out / name).exists()]
+    if there and not overwrite:
+        raise UserError(f"{out}: {there[0]} and {len(there) - 1} more exist already; use --overwrite or another --out"
+                        if len(there) > 1 else f"{out}: {there[0]} exists already; use --overwrite or another --out")  # fmt: skip
+
+
+def prompt_notes(cascade: Cascade, prompt: str) -> list[str]:
+    """What a user should know of a prompt before it is drawn: emptiness, truncation."""
+    shown = ascii(prompt[:40])
+    if not prompt.strip():
+        return [f"prompt {shown} is empty: drawn without conditioning"]
+    used, total = cascade.text.token_count(prompt)
+    if used < total:
+        return [f"prompt {shown}: {used} of {total} tokens are used, the rest is cut off"]
+    return []
