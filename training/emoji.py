@@ -67,6 +67,7 @@ SOURCES = (
 UNICODE = Source("", "emojibase-data", "17.0.0", "MIT",
                  "d01d0e2ca4e22cb402679532155342c71e2e871f25c32223c013b8b166ebdf5a")  # fmt: skip
 STYLES = tuple(source.style for source in SOURCES)
+SPLITS = ("train", "combos", "concepts")
 
 _SKIN_TONE = re.compile(r"(^|-)(skin-tone|light|medium|dark)(-|$)")
 # One base drawn as man, woman or person is one cluster even where Unicode gave each a character of its own.

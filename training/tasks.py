@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -12,9 +13,15 @@ from typing import Annotated, Any, Literal
 import torch
 from torch import nn
 
-from ldm.config import Config, tagged
-from ldm.latents import CodecConfig, LatentCodec
-from ldm.weights import save_codec, write_json
+from ldm.conditioning import Conditioning
+from ldm.config import Config, UserError, tagged
+from ldm.denoiser import Denoiser, DenoiserConfig
+from ldm.latents import CodecConfig, LatentCodec, Normalisation
+from ldm.models.unet import UNetConfig
+from ldm.noise import NoiseScheduleConfig
+from ldm.text import TextConfig, load_text_encoder
+from ldm.weights import load_codec, save_codec, write_json
+from pipelines.cascade import Cascade, SamplingConfig, Stage, StageConfig, build_denoiser
 from pipelines.images import grid, save_png, to_uint8
 from training.cache import Cache
 from training.data import DataConfig
@@ -23,9 +30,18 @@ from training.loader import Batch, generator
 from training.loop import LoopConfig
 from training.metrics import psnr, ssim
 from training.optim import OptimConfig
-from training.steps import ReconstructionConfig, StepResult, autoencoder_step, training_squares
+from training.steps import (
+    DiffusionInputs,
+    ReconstructionConfig,
+    StepResult,
+    autoencoder_step,
+    diffusion_inputs,
+    diffusion_step,
+    training_squares,
+)
 
 EVALUATION_ROWS = 16
+EVALUATION_LEVELS = (10, 30, 50, 70, 90)  # hundredths of t
 
 
 @dataclass(frozen=True)
@@ -121,9 +137,138 @@ def whole_picture(cache: Cache, index: int, side_px: int) -> torch.Tensor:
     return nn.functional.avg_pool2d(pixels, pixels.shape[-1] // side_px) / 127.5 - 1
 
 
-RunConfig = AutoencoderRun
+
+@dataclass(frozen=True)
+class PreviewConfig(Config):
+    """Fixed prompts and seeds drawn before the first step and every n images, `columns` seeds each."""
+
+    prompts: tuple[str, ...] = ()
+    seed: int = 7
+    columns: int = 4
+
+    def __post_init__(self) -> None:
+        if self.columns < 1:
+            raise ValueError("columns must be at least 1")
 
 
-def build_task(config: Any) -> AutoencoderTask:
+@dataclass(frozen=True)
+class DiffusionRun(Config):
+    """`ldm train` of a text-conditioned latent denoiser at `data.size_px`. codec: a codec folder.
+
+    dropout: the share of items whose text is replaced by the null, for classifier-free guidance.
+    """
+
+    kind: Literal["diffusion"]
+    data: DataConfig
+    loop: LoopConfig
+    codec: str
+    cache: str = "cache"
+    seed: int = 0
+    validation: ValidationConfig = ValidationConfig()
+    text: TextConfig = TextConfig()
+    unet: UNetConfig = UNetConfig()
+    schedule: NoiseScheduleConfig = NoiseScheduleConfig()
+    denoiser: DenoiserConfig = DenoiserConfig()
+    sampling: SamplingConfig = SamplingConfig()
+    preview: PreviewConfig = PreviewConfig()
+    optim: OptimConfig = OptimConfig()
+    dropout: float = 0.1
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout is a share, from 0 to below 1, not {self.dropout}")
+
+
+class DiffusionModule(nn.Module):
+    """The denoiser with its training step as `forward`."""
+
+    def __init__(self, denoiser: Denoiser, normalisation: Normalisation, null: Conditioning, dropout: float) -> None:
+        super().__init__()
+        self.denoiser = denoiser
+        self.normalisation = normalisation
+        self.null = null
+        self.dropout = dropout
+
+    def forward(self, batch: Batch) -> StepResult:
+        device = next(self.denoiser.parameters()).device
+        drawn = diffusion_inputs(batch, self.denoiser, self.normalisation, self.null, self.dropout)
+        inputs = DiffusionInputs(drawn.x0.to(device), drawn.eps.to(device), drawn.t.to(device), drawn.cond.to(device))
+        return diffusion_step(self.denoiser, inputs)
+
+
+class DiffusionTask:
+    """Trains a text-conditioned denoiser; previews through the whole cascade, as users will run it."""
+
+    def __init__(self, config: DiffusionRun) -> None:
+        codec, text = load_codec(config.codec), load_text_encoder(config.text)
+        if config.data.size_px % codec.module.config.factor:
+            raise UserError(
+                f"data.size_px {config.data.size_px} must be a multiple of the codec's factor "
+                f"{codec.module.config.factor}"
+            )
+        self.cache = encode(config.data, config.cache, codec, text)
+        self.held_out = encode(config.validation.data(config.data), config.cache, codec, text)
+        self._codec, self._text, self._preview = codec, text, config.preview
+        channels = codec.module.config.latent_channels
+        torch.manual_seed(config.seed)
+        denoiser = build_denoiser(config.unet, config.schedule, config.denoiser, channels, text.width)
+        self._stage = StageConfig(
+            name="base",
+            resolution_px=config.data.size_px,
+            latent_channels=channels,
+            text_width=text.width,
+            unet=config.unet,
+            schedule=config.schedule,
+            denoiser=config.denoiser,
+            sampling=config.sampling,
+            normalisation=self.cache.normalisation,
+            codec_digest=codec.digest,
+            text_digest=text.digest,
+        )
+        self.module = DiffusionModule(denoiser, self.cache.normalisation, self.cache.null, config.dropout)
+
+    def cascade(self, module: nn.Module) -> Cascade:
+        """The one-stage cascade of these weights."""
+        assert isinstance(module, DiffusionModule)
+        return Cascade([Stage(self._stage, module.denoiser)], self._codec, self._text)
+
+    @torch.no_grad()
+    def evaluate(self, module: nn.Module) -> dict[str, float]:
+        """Loss by noise level on held-out items, with the same noise every time."""
+        assert isinstance(module, DiffusionModule)
+        device = next(module.parameters()).device
+        losses: dict[str, float] = {}
+        for level in EVALUATION_LEVELS:
+            total = 0.0
+            for start in range(0, len(self.held_out), EVALUATION_ROWS):
+                indices = range(start, min(start + EVALUATION_ROWS, len(self.held_out)))
+                moments = torch.stack([self.held_out.item(i) for i in indices]).float()
+                x0 = module.normalisation.apply(moments.chunk(2, dim=1)[0])
+                draws = [torch.randn(x0.shape[1:], generator=generator(0, "evaluation", level, i)) for i in indices]
+                cond = self.held_out.text([self.held_out.items[i]["captions"][0] for i in indices])
+                t = torch.full((len(x0),), level / 100, dtype=torch.float64, device=device)
+                loss = module.denoiser.loss(x0.to(device), torch.stack(draws).to(device), t, cond.to(device))
+                total += float(loss.sum())
+            losses[f"loss_t{level / 100:.2f}"] = total / len(self.held_out)
+        return {**losses, "loss_mean": sum(losses.values()) / len(losses)}
+
+    def preview(self, module: nn.Module, path: Path) -> None:
+        prompts, columns = self._preview.prompts, self._preview.columns
+        if prompts:
+            seeds = [self._preview.seed + i for i in range(columns)] * len(prompts)
+            pictures = self.cascade(module)([p for p in prompts for _ in range(columns)], seeds)
+            save_png(grid(list(to_uint8(pictures)), columns), path)
+
+    def export(self, module: nn.Module, folder: Path, facts: dict[str, Any]) -> None:
+        if folder.exists():
+            shutil.rmtree(folder)
+        self.cascade(module).save(folder)
+        write_json(folder / "base" / "training.json", facts)
+
+
+RunConfig = Annotated[AutoencoderRun | DiffusionRun, tagged()]
+
+
+def build_task(config: AutoencoderRun | DiffusionRun) -> AutoencoderTask | DiffusionTask:
     """The task of a config: data read, caches written where missing, networks with fresh weights."""
-    return AutoencoderTask(config)
+    return AutoencoderTask(config) if isinstance(config, AutoencoderRun) else DiffusionTask(config)

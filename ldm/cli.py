@@ -1,0 +1,125 @@
+"""The `ldm` command. Each verb calls the Python function of its name; heavy imports happen inside the verbs."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+app = typer.Typer(
+    name="ldm",
+    help="Text-to-image latent diffusion with super-resolution stages: data, training, generation.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+data_app = typer.Typer(help="Build or check a data set.", no_args_is_help=True)
+app.add_typer(data_app, name="data")
+
+Config = Annotated[Path, typer.Argument(help="A YAML file, such as configs/emoji/base.yaml.")]
+Set = Annotated[
+    list[str] | None, typer.Option("--set", metavar="A.B=C", help="Override a config value; may be repeated.")
+]
+
+
+def _tell(line: str) -> None:
+    typer.echo(line, err=True)
+
+
+@app.command()
+def doctor() -> None:
+    """Say what this machine can run: versions, devices, precisions, optional parts, the shipped model."""
+    from pipelines.doctor import doctor
+
+    for line in doctor():
+        typer.echo(line)
+
+
+@data_app.command("emoji")
+def data_emoji(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="A new folder for the data set.")],
+    packages: Annotated[
+        Path | None, typer.Option(help="Folder of the npm tarballs; fetched with npm where missing.")
+    ] = None,
+) -> None:
+    """Build the emoji data set (six designs, captions, splits) from its public npm packages."""
+    from training.emoji import SPLITS, STYLES, build
+
+    built = build(folder, packages)
+    typer.echo(f"{'':12}" + "".join(f"{split:>10}" for split in SPLITS))
+    for style in STYLES:
+        typer.echo(f"{style:12}" + "".join(f"{built.counts[split, style]:>10}" for split in SPLITS))
+    dropped = sum(map(len, built.dropped.values()))
+    typer.echo(f"{built.clusters} clusters; {dropped} icons show no Unicode character: see dropped.json")
+    typer.echo(str(built.folder))
+
+
+@data_app.command("check")
+def data_check(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="A folder of pictures with captions.")],
+    size_px: Annotated[int | None, typer.Option(help="Report pictures smaller than this, too.")] = None,
+) -> None:
+    """Read every sample of a folder and list what is wrong with it; nothing is changed."""
+    from training.data import check
+
+    report = check(folder, size_px)
+    typer.echo(str(report))
+    if report.bad:
+        raise typer.Exit(1)
+
+
+@app.command()
+def encode(config: Config, overrides: Set = None) -> None:
+    """Write the cache that a training reads: latents or pixels, and text states."""
+    from training.run import encode
+
+    cache = encode(config, overrides or [])
+    typer.echo(f"{len(cache)} items, {len(cache.manifest['refused'])} refused")
+    typer.echo(str(cache.folder))
+
+
+@app.command()
+def train(
+    config: Config,
+    run: Annotated[Path | None, typer.Option(help="Run folder; default runs/<folder>-<name> of the config.")] = None,
+    overrides: Set = None,
+) -> None:
+    """Train a stage. The same command resumes a run that was interrupted."""
+    from training.run import train
+
+    typer.echo(str(train(config, run, overrides or [])))
+
+
+@app.command()
+def generate(
+    prompts: Annotated[list[str], typer.Argument(metavar="PROMPT...", help="One or more prompts.")],
+    model: Annotated[Path | None, typer.Option(help="A cascade folder; default: the shipped emoji model.")] = None,
+    n: Annotated[int, typer.Option("--n", help="Pictures per prompt, 1 to 10000.")] = 4,
+    seed: Annotated[int, typer.Option(help="Picture i uses seed + i; -1 draws one at random.")] = 7,
+    steps: Annotated[int | None, typer.Option(help="Sampling steps; default: the model's.")] = None,
+    guidance: Annotated[float | None, typer.Option(help="Classifier-free guidance, 1 is none; default: the model's.")] = None,
+    out: Annotated[Path, typer.Option(help="Folder for 0000.png, 0001.png, ... and grid.png.")] = Path("out"),
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace files of the same names.")] = False,
+) -> None:
+    """Draw pictures for prompts; the last line printed is the grid's path."""
+    from pipelines.generate import check_request, generate
+
+    check_request(prompts, n, seed, steps, guidance)
+    typer.echo(str(generate(prompts, model, n, seed, steps, guidance, out, overwrite, tell=_tell)))
+
+
+def main() -> Any:
+    """Run the command. Exit codes: 0 done, 1 failure, 2 wrong use, 3 interrupted and resumable."""
+    from ldm.config import UserError
+
+    try:
+        app()
+    except UserError as error:
+        print(f"ldm: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
+
+
+if __name__ == "__main__":
+    main()

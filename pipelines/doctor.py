@@ -1,0 +1,44 @@
+"""`ldm doctor`: what this machine can run."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+
+import torch
+
+from ldm.config import UserError
+from pipelines.cascade import load_cascade
+from pipelines.generate import SHIPPED
+
+PACKAGES = ("torch", "torchvision", "diffusers", "transformers", "accelerate", "open_clip_torch", "datasets", "xformers")
+
+
+def doctor() -> list[str]:
+    """One line per fact: versions, devices, precisions, optional parts, and whether the shipped model loads."""
+    lines = [f"python        {platform.python_version()} on {platform.system()} {platform.machine()}"]
+    for name in PACKAGES:
+        lines.append(f"{name:<13} {_version(name)}")
+    lines.append(f"cpu           {os.cpu_count()} cores, {torch.get_num_threads()} threads; float32 only")
+    if torch.cuda.is_available():
+        for index in range(torch.cuda.device_count()):
+            half = "bf16 and fp16" if torch.cuda.is_bf16_supported() else "fp16"
+            lines.append(f"gpu {index}         {torch.cuda.get_device_name(index)}, {half}")
+    else:
+        lines.append("gpu           none found")
+        if _version("xformers") != "not installed":
+            lines.append("xformers      is not used without a GPU")
+    try:
+        cascade = load_cascade(SHIPPED)
+        lines.append(f"model         {cascade.digest[:12]}, {cascade.stages[-1].config.resolution_px} px, loads")
+    except UserError as error:
+        lines.append(f"model         does not load: {error}")
+    return lines
+
+
+def _version(name: str) -> str:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
