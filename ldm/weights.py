@@ -129,8 +129,9 @@ def save_network(network: nn.Module, folder: Path, dtype: torch.dtype = torch.fl
     """Write a diffusers network as config.json + safetensors of `dtype`. The network itself is left as it is."""
     if not isinstance(network, ModelMixin):
         raise TypeError(f"{type(network).__name__} is not a diffusers network")
-    copied = copy.deepcopy(network).to(device="cpu", dtype=dtype)
-    copied = copied.to(memory_format=torch.contiguous_format)
+    # diffusers' own `to` warns at every cast
+    copied = nn.Module.to(copy.deepcopy(network), device="cpu", dtype=dtype)
+    copied = nn.Module.to(copied, memory_format=torch.contiguous_format)
     copied.save_pretrained(str(folder), safe_serialization=True)
 
 

@@ -112,7 +112,7 @@ def _tensors(reader: Reader, codec: Codec | None, items: list[dict[str, Any]],
         if codec is None:
             yield torch.from_numpy(pixels)
             continue
-        moments = codec_moments(codec.module, torch.from_numpy(pixels)).to(torch.float16)
+        moments = codec_moments(codec.module, torch.from_numpy(pixels)).to(torch.float16).contiguous()
         finite = moments.isfinite().flatten(1).all(1)
         if not bool(finite.all()):
             raise UserError(f"the codec gives non-finite latents for {batch[int((~finite).nonzero()[0])].key}")
