@@ -25,7 +25,12 @@ Set = Annotated[
 
 
 def _tell(line: str) -> None:
-    typer.echo(line, err=True)
+    typer.echo(_printable(line), err=True)
+
+
+def _printable(text: str) -> str:
+    """The text with whatever could steer a terminal escaped: messages quote names and files of others."""
+    return "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in text)
 
 
 @app.command()
@@ -99,14 +104,15 @@ def generate(
     n: Annotated[int, typer.Option("--n", help="Pictures per prompt, 1 to 10000.")] = 4,
     seed: Annotated[int, typer.Option(help="Picture i uses seed + i; -1 draws one at random.")] = 7,
     steps: Annotated[int | None, typer.Option(help="Sampling steps; default: the model's.")] = None,
-    guidance: Annotated[float | None, typer.Option(help="Classifier-free guidance, 1 is none; default: the model's.")] = None,
+    guidance: Annotated[
+        float | None, typer.Option(help="Classifier-free guidance, 1 is none; default: the model's.")
+    ] = None,
     out: Annotated[Path, typer.Option(help="Folder for 0000.png, 0001.png, ... and grid.png.")] = Path("out"),
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace files of the same names.")] = False,
 ) -> None:
     """Draw pictures for prompts; the last line printed is the grid's path."""
-    from pipelines.generate import check_request, generate
+    from pipelines.generate import generate
 
-    check_request(prompts, n, seed, steps, guidance)
     typer.echo(str(generate(prompts, model, n, seed, steps, guidance, out, overwrite, tell=_tell)))
 
 
@@ -117,7 +123,7 @@ def main() -> Any:
     try:
         app()
     except UserError as error:
-        print(f"ldm: {error}", file=sys.stderr)
+        print(f"ldm: {_printable(str(error))}", file=sys.stderr)
         sys.exit(error.exit_code)
 
 

@@ -9,12 +9,13 @@ import copy
 import hashlib
 import json
 import struct
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import torch
-from diffusers import ModelMixin
+from diffusers.models.modeling_utils import ModelMixin
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -25,6 +26,7 @@ N = TypeVar("N", bound=nn.Module)
 
 NETWORK_FILE = "diffusion_pytorch_model.safetensors"
 MAX_HEADER_BYTES = 25_000_000
+MAX_DIMENSIONS = 8
 _DTYPES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
@@ -60,6 +62,8 @@ def read_header(path: Path) -> dict[str, tuple[int, ...]]:
     for name, entry in entries.items():
         try:
             dtype, shape, (begin, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
+            if type(dtype) is not str or len(shape) > MAX_DIMENSIONS:
+                raise ValueError
             if any(type(n) is not int or n < 0 for n in (*shape, begin, end)):
                 raise ValueError
         except (KeyError, TypeError, ValueError):
@@ -86,7 +90,8 @@ def read_header(path: Path) -> dict[str, tuple[int, ...]]:
 def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     table = dict(pairs)
     if len(table) != len(pairs):
-        raise ValueError("a name stands twice")
+        name = Counter(name for name, _ in pairs).most_common(1)[0][0]
+        raise ValueError(f"{name!r} stands twice")
     return table
 
 
@@ -176,7 +181,7 @@ def load_codec(folder: str | Path) -> Codec:
     """Read a codec folder. Raises UserError where it is not one or is damaged."""
     folder = Path(folder)
     if not (folder / "config.json").is_file():
-        check_weights_file(folder / "config.json")
+        check_weights_file(folder if folder.is_file() else folder / "config.json")
     config = parse(CodecConfig, read_json(folder / "config.json"), str(folder / "config.json"))
 
     def build() -> nn.Module:

@@ -12,7 +12,10 @@ from ldm.config import UserError
 from pipelines.cascade import load_cascade
 from pipelines.generate import SHIPPED
 
-PACKAGES = ("torch", "torchvision", "diffusers", "transformers", "accelerate", "open_clip_torch", "datasets", "xformers")
+PACKAGES = (
+    *("torch", "torchvision", "diffusers", "transformers"),
+    *("accelerate", "open_clip_torch", "datasets", "xformers"),
+)
 
 
 def doctor() -> list[str]:

@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from ldm.config import UserError
+from ldm.progress import advancing
 from pipelines.cascade import MAX_GUIDANCE, MAX_STEPS, Cascade, load_cascade
 from pipelines.images import grid, save_png, to_uint8
 
@@ -20,8 +21,7 @@ MAX_PROMPT_CHARS = 100_000
 
 def generate(prompts: Sequence[str], model: str | Path | None = None, n: int = 4, seed: int = 7,
              steps: int | None = None, guidance: float | None = None, out: str | Path = "out",
-             overwrite: bool = False, device: str = "cpu", tell: Callable[[str], None] = lambda line: None,
-             on_step: Callable[[int, int], None] | None = None) -> Path:  # fmt: skip
+             overwrite: bool = False, device: str = "cpu", tell: Callable[[str], None] = lambda line: None) -> Path:  # fmt: skip
     """Write `n` pictures per prompt and grid.png into `out`; returns the grid's path.
 
     Picture i of prompt j is file j n + i, made with seed + i; seed -1 draws one at random, which the pictures'
@@ -47,12 +47,19 @@ def generate(prompts: Sequence[str], model: str | Path | None = None, n: int = 4
         for line in prompt_notes(cascade, prompt):
             tell(line)
     asked = [(prompt, seed + i) for prompt in prompts for i in range(n)]
-    pictures = to_uint8(cascade([p for p, _ in asked], [s for _, s in asked], sampling, on_step))
-    out.mkdir(parents=True, exist_ok=True)
-    for name, picture, (prompt, number) in zip(names, pictures, asked, strict=False):
-        save_png(picture, out / name, cascade.recipe(prompt, number, sampling))
+    calls = sum(o.steps * math.ceil(len(asked) / o.rows) for o in sampling)
+    with advancing("denoising", calls) as advance:
+        drawn = cascade([p for p, _ in asked], [s for _, s in asked], sampling, lambda _done, _of: advance())
+    pictures = to_uint8(drawn)
     columns = n if len(prompts) > 1 else min(n, math.ceil(math.sqrt(n)))
-    save_png(grid(list(pictures), columns), out / "grid.png")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        for name, picture, (prompt, number) in zip(names, pictures, asked, strict=False):
+            save_png(picture, out / name, cascade.recipe(prompt, number, sampling))
+        save_png(grid(list(pictures), columns), out / "grid.png")
+    except OSError as error:
+        why = error.strerror or error
+        raise UserError(f"{out}: not all pictures could be written: {why}", exit_code=1) from error
     return out / "grid.png"
 
 
@@ -75,15 +82,21 @@ def check_request(prompts: Sequence[str], n: int, seed: int, steps: int | None, 
 
 def check_out(out: Path, names: Sequence[str], overwrite: bool) -> None:
     """Raise UserError where `out` cannot take the files, or holds some of them and `overwrite` is not given."""
-    if out.exists() and not out.is_dir():
-        raise UserError(f"{out}: is a file, not a folder; name another with --out")
-    near = next(p for p in (out, *out.absolute().parents) if p.exists())
+    try:
+        if os.path.lexists(out) and not out.is_dir():
+            raise UserError(f"{out}: is a file, not a folder; name another with --out")
+        near = next(p for p in (out, *out.absolute().parents) if p.exists())
+        blocked = next((name for name in names if (out / name).is_dir()), None)
+    except OSError as error:
+        raise UserError(f"{out}: {error.strerror}; name another folder with --out") from None
     if not near.is_dir() or not os.access(near, os.W_OK | os.X_OK):
         raise UserError(f"{out}: {near} cannot be written to; name another folder with --out")
+    if blocked:
+        raise UserError(f"{out}: {blocked} is a folder; name another with --out")
     there = [name for name in names if (out / name).exists()]
     if there and not overwrite:
-        raise UserError(f"{out}: {there[0]} and {len(there) - 1} more exist already; use --overwrite or another --out"
-                        if len(there) > 1 else f"{out}: {there[0]} exists already; use --overwrite or another --out")  # fmt: skip
+        exist = f"{there[0]} and {len(there) - 1} more exist" if len(there) > 1 else f"{there[0]} exists"
+        raise UserError(f"{out}: {exist} already; use --overwrite or another --out")
 
 
 def prompt_notes(cascade: Cascade, prompt: str) -> list[str]:

@@ -15,7 +15,7 @@ def decay(images: int, step_images: int, halflife_images: int, ramp: float = 0.0
     EDM's training loop), so that the average forgets the random start.
     """
     halflife = min(float(halflife_images), images * ramp)
-    return 0.5 ** (step_images / max(halflife, 1e-8))
+    return float(0.5 ** (step_images / max(halflife, 1e-8)))
 
 
 class Ema:
@@ -27,7 +27,8 @@ class Ema:
     @torch.no_grad()
     def update(self, module: nn.Module, factor: float) -> None:
         """average <- factor * average + (1 - factor) * weights"""
-        mine, theirs = list(self.module.parameters()), list(module.parameters())
+        mine: list[torch.Tensor] = list(self.module.parameters())
+        theirs: list[torch.Tensor] = list(module.parameters())
         torch._foreach_lerp_(mine, theirs, 1 - factor)
         for own, new in zip(self.module.buffers(), module.buffers(), strict=True):
             own.copy_(new)

@@ -28,7 +28,7 @@ import numpy as np
 from PIL import Image
 
 from ldm.config import UserError
-from training.log import progress
+from ldm.progress import progress
 
 RENDER_PX = 256
 COMBOS_SHARE, CONCEPTS_SHARE, COMBOS_MIN_STYLES = 0.04, 0.01, 4
@@ -186,7 +186,7 @@ def _svg(icons: dict[str, Any], name: str) -> str | None:
 
 
 def _concept_name(entry: dict[str, Any]) -> str:
-    label = entry["label"]
+    label: str = entry["label"]
     if label.startswith("flag: "):
         return f"flag of {label[6:]}"
     return label.replace(":", ",")
@@ -197,7 +197,7 @@ def captions(entry: dict[str, Any], style: str) -> list[str]:
     name = _concept_name(entry)
     tags = [t for t in entry.get("tags", []) if t.lower() not in name.lower()]
     tags.sort(key=lambda tag: _stable_hash("tag", entry["hexcode"], tag))
-    first, second = (tags + [name, name])[:2]
+    first, second = [*tags, name, name][:2]
     article = "an" if name[0].lower() in "aeiou" else "a"
     return list(
         dict.fromkeys(

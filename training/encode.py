@@ -19,27 +19,26 @@ from torch import Tensor
 
 from ldm.config import UserError
 from ldm.latents import LatentCodec, sample_moments
+from ldm.progress import progress
 from ldm.text import TextEncoder
 from ldm.weights import Codec
 from training.cache import FORMAT, ITEMS, MANIFEST, TEXT, Cache, CacheKey, sha256
-from training.data import DataConfig, Example, Reader, fingerprint
-from training.log import progress
+from training.data import Example, Reader, fingerprint
 
 SHARD_ITEMS = 4096
 ENCODE_ROWS = 32
 CAPTION_ROWS = 512
 
 
-def encode(data: DataConfig, root: str | Path, codec: Codec | None = None,
+def encode(reader: Reader, root: str | Path, codec: Codec | None = None,
            text: TextEncoder | None = None) -> Cache:  # fmt: skip
-    """The cache of `data`, written under `root` unless it is there already.
+    """The cache of what `reader` reads, written under `root` unless it is there already.
 
     codec None keeps the pixels themselves; text None keeps no text states.
     Raises UserError when too much of the data is bad or an encoder gives non-finite values.
     """
-    reader = Reader(data)
     key = CacheKey(
-        fingerprint(reader.rows), data.size_px, codec.digest if codec else None, text.digest if text else None
+        fingerprint(reader.rows), reader.config.size_px, codec.digest if codec else None, text.digest if text else None
     )
     folder = key.folder(root)
     if (folder / MANIFEST).exists():

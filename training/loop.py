@@ -16,6 +16,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from ldm.config import Config, UserError
+from ldm.progress import progress
 from training import checkpoint
 from training.cache import Cache
 from training.ema import Ema, decay
@@ -46,7 +47,9 @@ class LoopConfig(Config):
 
     def __post_init__(self) -> None:
         if not 1 <= self.batch <= 1_000_000 or self.accumulation < 1 or self.batch % self.accumulation:
-            raise ValueError(f"batch {self.batch} must be at least 1 and a multiple of accumulation {self.accumulation}")
+            raise ValueError(
+                f"batch {self.batch} must be from 1 to 1000000 and a multiple of accumulation {self.accumulation}"
+            )
         if self.images < self.batch:
             raise ValueError(f"images {self.images} is less than one batch of {self.batch}")
         for name in ("ema_halflife_images", "log_every_images", "preview_every_images", "save_every_images"):
@@ -64,8 +67,13 @@ class LoopConfig(Config):
 class Task(Protocol):
     """What the loop trains. `module(batch)` is a StepResult."""
 
-    module: nn.Module
-    cache: Cache
+    @property
+    def module(self) -> nn.Module:
+        """Called with a batch in training."""
+
+    @property
+    def cache(self) -> Cache:
+        """The items trained on."""
 
     def preview(self, module: nn.Module, path: Path) -> None:
         """Write a preview picture made with these weights."""
@@ -231,7 +239,8 @@ def train(task: Task, config: LoopConfig, optim: OptimConfig, seed: int, run: Pa
     window: list[dict[str, float]] = []
     clock, bad, saved = time.monotonic(), 0, live.images
     with _signals() as stop:
-        while live.images + config.batch <= config.images:
+        steps = (config.images - live.images) // config.batch
+        for _ in progress(range(steps), "training steps", every_s=600):
             window.append(_step(live, loader, config, optim))
             bad = 0 if math.isfinite(window[-1]["grad_norm"]) else bad + 1
             if bad == MAX_BAD_STEPS:

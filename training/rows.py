@@ -47,8 +47,8 @@ class DataConfig(Config):
     def __post_init__(self) -> None:
         if not self.path:
             raise ValueError("path must name a folder")
-        if self.size_px < 1:
-            raise ValueError("size_px must be at least 1")
+        if self.size_px < 8:
+            raise ValueError(f"size_px must be at least 8, not {self.size_px}")
         if not all(0 <= value <= 255 for value in self.background):
             raise ValueError("background must be three numbers from 0 to 255")
         if not 1 <= self.max_pixels <= MAX_PIXELS_LIMIT:

@@ -24,7 +24,7 @@ from ldm.weights import load_codec, save_codec, write_json
 from pipelines.cascade import Cascade, SamplingConfig, Stage, StageConfig, build_denoiser
 from pipelines.images import grid, save_png, to_uint8
 from training.cache import Cache
-from training.data import DataConfig
+from training.data import DataConfig, Reader
 from training.encode import encode
 from training.loader import Batch, generator
 from training.loop import LoopConfig
@@ -98,8 +98,8 @@ class AutoencoderTask:
     """Trains a codec; evaluates the round trip through the posterior mean on held-out pictures."""
 
     def __init__(self, config: AutoencoderRun) -> None:
-        self.cache = encode(config.data, config.cache)
-        self.held_out = encode(config.validation.data(config.data), config.cache)
+        self.cache = encode(Reader(config.data), config.cache)
+        self.held_out = encode(Reader(config.validation.data(config.data)), config.cache)
         torch.manual_seed(config.seed)
         self.module = AutoencoderModule(LatentCodec(config.codec), config.reconstruction)
         self._side = config.reconstruction.crop_px
@@ -200,14 +200,16 @@ class DiffusionTask:
     """Trains a text-conditioned denoiser; previews through the whole cascade, as users will run it."""
 
     def __init__(self, config: DiffusionRun) -> None:
+        # the data first: a wrong folder is told before any network is loaded
+        seen, held_out = Reader(config.data), Reader(config.validation.data(config.data))
         codec, text = load_codec(config.codec), load_text_encoder(config.text)
         if config.data.size_px % codec.module.config.factor:
             raise UserError(
                 f"data.size_px {config.data.size_px} must be a multiple of the codec's factor "
                 f"{codec.module.config.factor}"
             )
-        self.cache = encode(config.data, config.cache, codec, text)
-        self.held_out = encode(config.validation.data(config.data), config.cache, codec, text)
+        self.cache = encode(seen, config.cache, codec, text)
+        self.held_out = encode(held_out, config.cache, codec, text)
         self._codec, self._text, self._preview = codec, text, config.preview
         channels = codec.module.config.latent_channels
         torch.manual_seed(config.seed)

@@ -1,0 +1,50 @@
+"""The commands in the guides are real: each `ldm` line parses, and what runs in seconds is run."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+
+import click
+import pytest
+import typer
+
+from ldm.cli import app
+from ldm.config import load
+
+ROOT = Path(__file__).parent.parent
+
+
+def commands() -> list[str]:
+    """Every `ldm ...` line of a fenced block in the guides, and of the first lines of the configs."""
+    found: list[str] = []
+    for guide in ("README.md", "CONTRIBUTING.md", "pipelines/weights/emoji/README.md"):
+        for block in re.findall(r"```(?:bash|sh)?\n(.*?)```", (ROOT / guide).read_text(encoding="utf-8"), re.DOTALL):
+            found += [line.split("#")[0] for line in block.replace("\\\n", " ").splitlines()]
+    for config in sorted(ROOT.glob("configs/**/*.yaml")):
+        found += config.read_text(encoding="utf-8").splitlines()[0].lstrip("# ").split(" && ")
+    return sorted({re.sub(r"^\S*ldm ", "ldm ", c.strip()) for c in found if re.match(r"\S*ldm ", c.strip())})
+
+
+@pytest.mark.parametrize("command", commands())
+def test_command_parses(command: str) -> None:
+    root = typer.main.get_command(app)
+    words = shlex.split(command)[1:]
+    context = click.Context(root, info_name="ldm") if isinstance(root, click.Command) else None
+    group = root
+    while hasattr(group, "commands") and words and words[0] in group.commands:
+        group = group.commands[words.pop(0)]
+    parsed = group.make_context("ldm", words, parent=context)
+    config = parsed.params.get("config")
+    if config is not None:
+        from training.tasks import RunConfig
+
+        load(RunConfig, ROOT / config, parsed.params.get("overrides") or [])
+
+
+def test_guides_name_only_files_that_exist() -> None:
+    for guide in ("README.md", "CONTRIBUTING.md"):
+        text = (ROOT / guide).read_text(encoding="utf-8")
+        for target in re.findall(r"\]\((?!https?:)([^)#]+)\)", text):
+            assert (ROOT / target).exists(), f"{guide}: {target}"

@@ -1,0 +1,60 @@
+"""A tiny real cascade: random weights, real classes, the layout that users have on disk."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import torch
+
+from ldm.denoiser import DenoiserConfig
+from ldm.latents import CodecConfig, LatentCodec, Normalisation
+from ldm.models.autoencoder import AutoencoderConfig
+from ldm.models.unet import UNetConfig
+from ldm.noise import NoiseScheduleConfig
+from ldm.text import TextConfig, load_text_encoder
+from ldm.weights import Codec
+from pipelines.cascade import Cascade, SamplingConfig, Stage, StageConfig, build_denoiser
+from tests.tiny_text import TINY
+
+RESOLUTION_PX = 64
+CODEC = CodecConfig(
+    unshuffle=4, autoencoder=AutoencoderConfig(widths=(16, 16), norm_groups=8, latent_channels=4)
+)
+UNET = UNetConfig(widths=(16, 32), layers_per_block=1, attention=(False, True), heads=2, norm_groups=8)
+
+
+def tiny_cascade(text: TextConfig) -> Cascade:
+    """One stage at 64 px with 8 x 8 latents, in memory; the same weights every time."""
+    encoder = load_text_encoder(text)
+    schedule, denoiser = NoiseScheduleConfig(), DenoiserConfig()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        codec = LatentCodec(CODEC).eval().requires_grad_(False)
+        network = build_denoiser(UNET, schedule, denoiser, CODEC.latent_channels, encoder.width)
+    config = StageConfig(
+        name="base",
+        resolution_px=RESOLUTION_PX,
+        latent_channels=CODEC.latent_channels,
+        text_width=encoder.width,
+        unet=UNET,
+        schedule=schedule,
+        denoiser=denoiser,
+        sampling=SamplingConfig(steps=3, rows=2),
+        normalisation=Normalisation((0.1, -0.2, 0.3, 0.0), (1.5, 0.5, 1.0, 2.0)),
+        codec_digest="",
+        text_digest=encoder.digest,
+    )
+    stage = Stage(config, network.eval().requires_grad_(False))
+    return Cascade([stage], Codec(codec, ""), encoder)
+
+
+def save_tiny_cascade(parent: Path, kind: str) -> Path:
+    """PARENT/cascade with a text encoder of `kind`, whose own folder is removed again."""
+    if kind == "minilm":
+        tiny_cascade(TextConfig()).save(parent / "cascade")
+        return parent / "cascade"
+    text = TextConfig(kind, str(TINY[kind](parent / "text_source")))  # type: ignore[arg-type]
+    tiny_cascade(text).save(parent / "cascade")
+    shutil.rmtree(parent / "text_source")
+    return parent / "cascade"

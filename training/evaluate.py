@@ -1,0 +1,118 @@
+"""How well a cascade follows its prompts: whose training picture does each of its pictures look like most?
+
+    train captions that name a style -> Cascade -> pictures -> codec latents -> nearest training picture
+    -> is it of the prompted style, of the prompted concept? The measure never sees the caption.
+
+`python -m training.evaluate MODEL DATA` prints both shares with their 95% intervals.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ldm.latents import Normalisation
+from pipelines.cascade import Cascade, load_cascade
+from pipelines.images import grid, save_png, to_uint8
+from training.cache import Cache
+from training.data import DataConfig, Reader
+from training.encode import ENCODE_ROWS, codec_moments, encode
+from training.loader import generator
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """Of `count` pictures, how many have a nearest training picture of the prompted style, concept, cluster."""
+
+    count: int
+    style: int
+    concept: int
+    cluster: int
+
+    def __str__(self) -> str:
+        parts = []
+        for name in ("style", "concept", "cluster"):
+            low, high = wilson(getattr(self, name), self.count)
+            parts.append(f"{name} {getattr(self, name)} of {self.count} (95%: {low:.0%} to {high:.0%})")
+        return "; ".join(parts)
+
+
+def wilson(hits: int, count: int, z: float = 1.96) -> tuple[float, float]:
+    """The 95% interval of a share (Wilson 1927)."""
+    share = hits / count
+    middle = (share + z**2 / (2 * count)) / (1 + z**2 / count)
+    half = z * math.sqrt(share * (1 - share) / count + z**2 / (4 * count**2)) / (1 + z**2 / count)
+    return middle - half, middle + half
+
+
+def prompt_agreement(cascade: Cascade, cache: Cache, captions: dict[int, str], seed: int = 0,
+                     guidance: float | None = None) -> tuple[Agreement, Tensor]:  # fmt: skip
+    """Draw one picture per caption and look up its nearest training picture in codec latents.
+
+    cache: the training cache of latents; captions: item index in the cache -> its caption.
+    Returns the counts and the pictures (N, 3, H, W) in [-1, 1].
+    """
+    normalisation = cascade.stages[-1].config.normalisation
+    known = torch.cat([_latents(torch.stack([cache.item(i) for i in range(a, min(a + 512, len(cache)))]), normalisation)
+                       for a in range(0, len(cache), 512)])  # fmt: skip
+    indices = list(captions)
+    pictures = cascade([captions[i] for i in indices], [seed + k for k in range(len(indices))],
+                       cascade.sampling(guidance=guidance))  # fmt: skip
+    stored = torch.from_numpy(to_uint8(pictures))
+    drawn = torch.cat([
+        _latents(codec_moments(cascade.codec.module, stored[a : a + ENCODE_ROWS]), normalisation)
+        for a in range(0, len(stored), ENCODE_ROWS)
+    ])  # fmt: skip
+    nearest = torch.cdist(drawn, known).argmin(1).tolist()
+    hits = {"style": 0, "concept": 0, "cluster": 0}
+    for asked, found in zip(indices, nearest, strict=True):
+        wanted, got = cache.items[asked]["fields"], cache.items[found]["fields"]
+        for name in hits:
+            hits[name] += wanted[name] == got[name]
+    return Agreement(len(indices), **hits), pictures
+
+
+def _latents(moments: Tensor, normalisation: Normalisation) -> Tensor:
+    return normalisation.apply(moments.float().chunk(2, dim=1)[0]).flatten(1)
+
+
+def choose_captions(cache: Cache, texts: dict[int, tuple[str, ...]], count: int, seed: int = 0) -> dict[int, str]:
+    """`count` items drawn without replacement, each with one of its captions that name its style."""
+    chosen: dict[int, str] = {}
+    draws = generator(seed, "evaluate")
+    for index in torch.randperm(len(cache), generator=draws).tolist():
+        named = [c for c in texts[index] if cache.items[index]["fields"]["style"] in c]
+        if named and len(chosen) < count:
+            chosen[index] = named[int(torch.randint(len(named), (), generator=draws))]
+    return chosen
+
+
+def main() -> None:
+    """Command line of the prompt-agreement measure."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", help="a cascade folder")
+    parser.add_argument("data", help="the emoji data set it was trained on")
+    parser.add_argument("--cache", default="cache", help="where caches are kept")
+    parser.add_argument("--count", type=int, default=100)
+    parser.add_argument("--guidance", type=float)
+    parser.add_argument("--grid", type=Path, help="write the pictures as a grid to this PNG")
+    options = parser.parse_args()
+    cascade = load_cascade(options.model)
+    data = DataConfig(path=options.data, split="train", size_px=cascade.stages[-1].config.resolution_px)
+    reader = Reader(data)
+    cache = encode(reader, options.cache, cascade.codec, cascade.text)
+    texts = {row.key: row.captions for row in reader.rows}
+    captions = choose_captions(cache, {i: texts[item["key"]] for i, item in enumerate(cache.items)}, options.count)
+    agreement, pictures = prompt_agreement(cascade, cache, captions, guidance=options.guidance)
+    print(agreement)
+    if options.grid:
+        save_png(grid(list(to_uint8(pictures)), columns=10), options.grid)
+
+
+if __name__ == "__main__":
+    main()
