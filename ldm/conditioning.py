@@ -38,8 +38,10 @@ class Conditioning:
         return self._map(lambda v: v.expand(count, *v.shape[1:]))
 
     def where(self, keep: Tensor, null: Conditioning) -> Conditioning:
-        """Per item: this conditioning where `keep` (B,) is true, `null` (B or 1 items) elsewhere."""
+        """Per item: this conditioning where `keep` (B,) is true, `null` (B or 1 items) elsewhere; same members."""
         other = null._members()
+        if other.keys() != self._members().keys():
+            raise ValueError("conditionings with different members cannot be mixed")
         return Conditioning(
             **{
                 name: torch.where(keep.view(-1, *[1] * (value.ndim - 1)), value, other[name])

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from diffusers.models.modeling_utils import ModelMixin
 from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import nn
 
 from ldm.config import UserError, parse, to_dict
 from ldm.latents import CodecConfig, LatentCodec
@@ -191,13 +191,3 @@ def load_codec(folder: str | Path) -> Codec:
         codec = LatentCodec(config)
     codec.autoencoder = load_network(build, folder / "vae" / NETWORK_FILE)  # type: ignore[assignment]
     return Codec(codec.eval().requires_grad_(False), folder_digest(folder))
-
-
-def tensors_digest(tensors: dict[str, Tensor]) -> str:
-    """SHA-256 over names, shapes and bytes of tensors."""
-    digest = hashlib.sha256()
-    for name in sorted(tensors):
-        value = tensors[name].detach().cpu().contiguous()
-        digest.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())
-        digest.update(value.view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()

@@ -21,7 +21,8 @@ MAX_PROMPT_CHARS = 100_000
 
 def generate(prompts: Sequence[str], model: str | Path | None = None, n: int = 4, seed: int = 7,
              steps: int | None = None, guidance: float | None = None, out: str | Path = "out",
-             overwrite: bool = False, device: str = "cpu", tell: Callable[[str], None] = lambda line: None) -> Path:  # fmt: skip
+             overwrite: bool = False, device: str = "cpu",
+             tell: Callable[[str], None] = lambda line: None) -> Path:  # fmt: skip
     """Write `n` pictures per prompt and grid.png into `out`; returns the grid's path.
 
     Picture i of prompt j is file j n + i, made with seed + i; seed -1 draws one at random, which the pictures'

@@ -47,13 +47,13 @@ def read(file: Path, text: str, overrides: Sequence[str] = ()) -> Any:
 
 
 def refusal(file: Path, text: str, overrides: Sequence[str] = ()) -> list[str]:
-    """The lines of the refusal, the file's folder left out."""
+    """The lines of the refusal, the folder of the file left out."""
     with pytest.raises(ConfigError) as caught:
         read(file, text, overrides)
-    message = str(caught.value)
+    message = str(caught.value).replace(f"{file.parent}/", "")
     assert not JARGON.search(message), message
     assert caught.value.exit_code == 2
-    return message.replace(f"{file.parent}/", "").splitlines()
+    return message.splitlines()
 
 
 @pytest.mark.parametrize(
@@ -61,8 +61,8 @@ def refusal(file: Path, text: str, overrides: Sequence[str] = ()) -> list[str]:
     [
         (AUTOENCODER + "kind: diffusion\n", "run.yaml:8: duplicate key 'kind'"),
         ("data:\n  path: a\n  path: b\n", "run.yaml:3: duplicate key 'path'"),
-        ("data:\n  path: !!python/object:os.system a\n", "run.yaml:2: tag tag:yaml.org,2002:python/object:os.system is"),
-        ("a: !!python/object/apply:os.system [ls]\n", "run.yaml:1: tag tag:yaml.org,2002:python/object/apply:os.system"),
+        ("data:\n  path: !!python/object:os.system a\n", "run.yaml:2: tag tag:yaml.org,2002:python/object:os.system"),
+        ("a: !!python/object/apply:os.system [l]\n", "run.yaml:1: tag tag:yaml.org,2002:python/object/apply:os.system"),
         ("a: !!binary aGk=\n", "run.yaml:1: tag tag:yaml.org,2002:binary is not supported"),
         ("a: !Mine x\n", "run.yaml:1: tag !Mine is not supported"),
         ("data:\n\tpath: a\n", r"run.yaml:2: found character '\t' that cannot start any token"),
@@ -88,7 +88,7 @@ def test_yaml_that_cannot_be_read_is_refused_with_its_line(file: Path, text: str
 
 
 def test_an_alias_bomb_is_refused_before_it_grows(file: Path) -> None:
-    levels = "\n".join(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]" for i in range(1, 30))
+    levels = "\n".join(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]" for i in range(1, 8))
     (line,) = refusal(file, "a0: &a0 [lol]\n" + levels)
     assert line == "run.yaml:2: aliases (*name) are not supported"
 
@@ -182,6 +182,7 @@ def test_values_out_of_range_are_refused_with_the_range(file: Path, override: st
         ("dropout=1", "dropout: dropout is a share, from 0 to below 1, not 1"),
         ("sampling.steps=0", "sampling.steps: steps must be from 1 to 1000, not 0"),
         ("sampling.guidance=-5", "sampling.guidance: guidance must be from 0 to 100 (1 is none), not -5"),
+        ("unet.heads=0", "unet.norm_groups: norm_groups and heads must be at least 1, not 32 and 0"),
         ("unet.attention=[true]", "unet.attention: attention needs one entry per width: 1 for 2"),
         ("unet.widths=[100, 200]", "unet.widths: widths (100, 200) must be multiples of norm_groups 32 and heads 8"),
         ("schedule.beta_end=2", "schedule: betas must rise within (0, 1), not from 0.0001 to 2"),
@@ -224,7 +225,8 @@ codec:
 def test_the_kind_decides_which_keys_are_known(file: Path) -> None:
     assert isinstance(read(file, AUTOENCODER), AutoencoderRun)
     assert isinstance(read(file, DIFFUSION), DiffusionRun)
-    assert refusal(file, AUTOENCODER + "unet: {heads: 4}\n")[0].startswith("run.yaml:8: unet: unknown key; allowed here:")
+    (line,) = refusal(file, AUTOENCODER + "unet: {heads: 4}\n")
+    assert line.startswith("run.yaml:8: unet: unknown key; allowed here: cache, codec, data,")
     assert refusal(file, DIFFUSION.replace("codec: runs/codec\n", "")) == ["run.yaml: codec: missing"]
     assert refusal(file, "kind: autoencoder\n") == ["run.yaml: data: missing", "run.yaml: loop: missing"]
     wrong = "run.yaml:1: kind: must be one of autoencoder, diffusion (got 'autoencodr')"
@@ -295,11 +297,11 @@ def test_there_are_configs() -> None:
 def test_data_from_json_is_as_strict() -> None:
     good = {"mean": [0, 1.5], "std": [1.0, 2]}
     assert parse(Normalisation, good, "stage.json") == Normalisation((0.0, 1.5), (1.0, 2.0))
-    with pytest.raises(ConfigError, match=r"^stage.json: mean.0: must be a finite number \(got nan\)$"):
+    with pytest.raises(ConfigError, match=r"^stage\.json: mean\.0: must be a finite number \(got nan\)$"):
         parse(Normalisation, {**good, "mean": [float("nan")]}, "stage.json")
     with pytest.raises(ConfigError, match="unshuffle: must be a whole number"):
         parse(CodecConfig, {"unshuffle": True}, "config.json")
-    with pytest.raises(ConfigError, match="^config.json: expected sections"):
+    with pytest.raises(ConfigError, match=r"^config\.json: expected sections"):
         parse(CodecConfig, [], "config.json")
     deep: Any = 1
     for _ in range(500):

@@ -63,7 +63,7 @@ def test_log_variance_is_bounded() -> None:
 
 @pytest.mark.parametrize("size", [(8, 12), (12, 8), (1, 1), (9, 9)])
 def test_sizes_that_are_no_multiple_are_refused(size: tuple[int, int]) -> None:
-    with pytest.raises(ValueError, match=r"\(%d, %d\) must be multiples of 8" % size):
+    with pytest.raises(ValueError, match=rf"\({size[0]}, {size[1]}\) must be multiples of 8"):
         codec_of(4, 2).encode(torch.zeros(1, 3, *size))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import signal
@@ -233,7 +234,7 @@ def test_learning_rate_warms_up_and_decays() -> None:
     assert rates[0] == pytest.approx(1e-5, rel=1e-3)
     assert max(rates) <= 1e-3
     assert rates[-1] == pytest.approx(1e-4)
-    assert all(a >= b for a, b in zip(rates[12:], rates[13:], strict=False))
+    assert all(a >= b for a, b in itertools.pairwise(rates[12:]))
 
 
 def test_ema_halves_the_past_in_its_halflife() -> None:

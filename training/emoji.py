@@ -199,18 +199,15 @@ def captions(entry: dict[str, Any], style: str) -> list[str]:
     tags.sort(key=lambda tag: _stable_hash("tag", entry["hexcode"], tag))
     first, second = [*tags, name, name][:2]
     article = "an" if name[0].lower() in "aeiou" else "a"
-    return list(
-        dict.fromkeys(
-            [
-                f"{name}, {style} style",
-                f"{style} {name}",
-                f"{article} {name}, {style} style",
-                f"{name}, {first}, {second}, {style} style" if tags else f"{style} style {name}",
-                name,
-                f"{name}, {first}" if tags else f"{article} {name}",
-            ]
-        )
+    found = (
+        f"{name}, {style} style",
+        f"{style} {name}",
+        f"{article} {name}, {style} style",
+        f"{name}, {first}, {second}, {style} style" if tags else f"{style} style {name}",
+        name,
+        f"{name}, {first}" if tags else f"{article} {name}",
     )
+    return list(dict.fromkeys(found))
 
 
 def _name_table(packages: dict[str, dict[str, Any]], entries: dict[str, Any]) -> dict[str, str]:

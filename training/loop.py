@@ -259,11 +259,13 @@ def train(task: Task, config: LoopConfig, optim: OptimConfig, seed: int, run: Pa
                 raise Interrupted(live.images)
     if saved != live.images:
         save()
-    final = run / "final"
     if main:
-        measures = task.evaluate(live.ema.module)
-        halflife = {"ema_halflife_images": config.ema_halflife_images}
-        task.export(live.ema.module, final, {**facts, "images": live.images, **halflife, "measures": measures})
-        log.write("final", live.images, measures)
+        _export(task, live, run / "final", {**facts, "ema_halflife_images": config.ema_halflife_images}, log)
     live.accelerator.wait_for_everyone()
-    return final
+    return run / "final"
+
+
+def _export(task: Task, live: _Run, folder: Path, facts: dict[str, Any], log: MetricsLog) -> None:
+    measures = task.evaluate(live.ema.module)
+    task.export(live.ema.module, folder, {**facts, "images": live.images, "measures": measures})
+    log.write("final", live.images, measures)

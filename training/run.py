@@ -13,9 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 
-from ldm.config import UserError, load, to_yaml
+from ldm.config import UserError, load, to_dict, to_yaml
 from ldm.weights import write_json
 from training import loop
 from training.cache import Cache
@@ -42,7 +41,7 @@ def train(config_path: str | Path, run: str | Path | None = None, overrides: Seq
     task = build_task(config)
     environment = _environment(config)
     write_json(folder / "environment.json", environment)
-    facts = {"config": yaml.safe_load(to_yaml(config)), "cache": task.cache.manifest["key"], **environment}
+    facts = {"config": to_dict(config), "cache": task.cache.manifest["key"], **environment}
     return loop.train(task, config.loop, config.optim, config.seed, folder, facts)
 
 
@@ -63,12 +62,11 @@ def _flat(data: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def _prepare(folder: Path, config: Any) -> None:
     """Make the run folder, or check that the one there belongs to this config."""
-    text = to_yaml(config)
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{folder}: a file is in the way of the run folder; name another with --run")
     saved = folder / "config.yaml"
     if saved.is_file():
-        old, new = _flat(yaml.safe_load(saved.read_text(encoding="utf-8"))), _flat(yaml.safe_load(text))
+        old, new = _flat(to_dict(load(RunConfig, saved))), _flat(to_dict(config))
         changed = [k for k in sorted(old.keys() | new.keys()) if old.get(k) != new.get(k) and k not in _FREE]
         if changed:
             shown = "\n".join(f"  {k}: {old.get(k)} there, {new.get(k)} now" for k in changed)
@@ -77,7 +75,7 @@ def _prepare(folder: Path, config: Any) -> None:
         raise UserError(f"{folder}: exists and is not a run folder; nothing was changed. Name another with --run")
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        saved.write_text(text, encoding="utf-8")
+        saved.write_text(to_yaml(config), encoding="utf-8")
     except OSError as error:
         raise UserError(f"{folder}: cannot be written ({error.strerror}); name another with --run") from None
 

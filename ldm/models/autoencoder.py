@@ -20,6 +20,8 @@ class AutoencoderConfig(Config):
     norm_groups: int = 32
 
     def __post_init__(self) -> None:
+        if self.norm_groups < 1:
+            raise ValueError(f"norm_groups must be at least 1, not {self.norm_groups}")
         if not self.widths or any(w < 1 or w > 4096 or w % self.norm_groups for w in self.widths):
             raise ValueError(f"widths {self.widths} must be multiples of norm_groups {self.norm_groups}, at most 4096")
         if not 1 <= self.latent_channels <= 256 or not 1 <= self.layers_per_block <= 8:

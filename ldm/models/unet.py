@@ -25,6 +25,8 @@ class UNetConfig(Config):
     def __post_init__(self) -> None:
         if len(self.attention) != len(self.widths) or not self.widths:
             raise ValueError(f"attention needs one entry per width: {len(self.attention)} for {len(self.widths)}")
+        if self.norm_groups < 1 or self.heads < 1:
+            raise ValueError(f"norm_groups and heads must be at least 1, not {self.norm_groups} and {self.heads}")
         if any(w < 1 or w > 8192 or w % self.norm_groups or w % self.heads for w in self.widths):
             raise ValueError(
                 f"widths {self.widths} must be multiples of norm_groups {self.norm_groups} and heads {self.heads}"
