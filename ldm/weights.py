@@ -161,10 +161,14 @@ def write_json(path: Path, data: Any) -> None:
     path.write_text(json.dumps(data, indent=1, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
 
 
-def folder_digest(folder: Path) -> str:
-    """SHA-256 over the names and contents of every file below a folder."""
+def folder_digest(folder: Path, *parts: str) -> str:
+    """SHA-256 over the names and contents of the named files, and of the files below the named folders.
+
+    Cards and previews that lie beside them do not count.
+    """
     digest = hashlib.sha256()
-    for path in sorted(p for p in folder.rglob("*") if p.is_file()):
+    found = (p for part in parts for p in (folder / part, *(folder / part).rglob("*")))
+    for path in sorted(p for p in found if p.is_file()):
         with path.open("rb") as file:
             content = hashlib.file_digest(file, "sha256").hexdigest()
         digest.update(f"{path.relative_to(folder).as_posix()} {content}\n".encode())
@@ -175,6 +179,11 @@ def save_codec(codec: LatentCodec, folder: Path) -> None:
     """Write a codec folder: config.json and the diffusers folder vae/, in float16."""
     save_network(codec.autoencoder, folder / "vae")
     write_json(folder / "config.json", to_dict(codec.config))
+
+
+def codec_digest(folder: Path) -> str:
+    """The digest of a codec folder: its config and its network."""
+    return folder_digest(folder, "config.json", "vae")
 
 
 def load_codec(folder: str | Path) -> Codec:
@@ -190,4 +199,4 @@ def load_codec(folder: str | Path) -> Codec:
     with torch.device("meta"):
         codec = LatentCodec(config)
     codec.autoencoder = load_network(build, folder / "vae" / NETWORK_FILE)  # type: ignore[assignment]
-    return Codec(codec.eval().requires_grad_(False), folder_digest(folder))
+    return Codec(codec.eval().requires_grad_(False), codec_digest(folder))

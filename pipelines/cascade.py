@@ -14,7 +14,7 @@ import os
 import shutil
 import uuid
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -34,6 +34,7 @@ from ldm.weights import (
     NETWORK_FILE,
     Codec,
     check_weights_file,
+    codec_digest,
     folder_digest,
     load_codec,
     load_network,
@@ -155,7 +156,6 @@ class Cascade:
     codec: Codec
     text: TextEncoder
     digest: str = ""
-    folder: Path | None = field(default=None, repr=False)
 
     def sampling(self, steps: int | None = None, guidance: float | None = None,
                  sampler: str | None = None) -> list[SamplingConfig]:  # fmt: skip
@@ -210,7 +210,7 @@ class Cascade:
             text = replace(text, path="text")
         for stage in self.stages:
             save_network(stage.denoiser.net, partial / stage.config.name / "unet")
-            config = replace(stage.config, codec_digest=folder_digest(partial / "codec"))
+            config = replace(stage.config, codec_digest=codec_digest(partial / "codec"))
             write_json(partial / stage.config.name / "stage.json", to_dict(config))
         names = tuple(s.config.name for s in self.stages)
         write_json(partial / "cascade.json", to_dict(CascadeConfig(FORMAT, names, text)))
@@ -246,7 +246,8 @@ def load_cascade(folder: str | Path, device: torch.device | str = "cpu") -> Casc
     text = load_text_encoder(text_config, device)
     stages = [_load_stage(folder / name, codec, text, device) for name in config.stages]
     codec.module.to(device)
-    return Cascade(stages, codec, text, folder_digest(folder), folder)
+    digest = folder_digest(folder, "cascade.json", "codec", "text", *config.stages)
+    return Cascade(stages, codec, text, digest)
 
 
 def _load_stage(folder: Path, codec: Codec, text: TextEncoder, device: torch.device | str) -> Stage:

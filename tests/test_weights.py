@@ -22,7 +22,7 @@ from ldm.config import UserError
 from ldm.latents import CodecConfig, LatentCodec
 from ldm.models.autoencoder import AutoencoderConfig
 from ldm.models.unet import UNetConfig, build_unet
-from ldm.weights import NETWORK_FILE, folder_digest, load_codec, load_network, read_header, read_json, save_codec
+from ldm.weights import NETWORK_FILE, codec_digest, load_codec, load_network, read_header, read_json, save_codec
 from pipelines.cascade import load_cascade
 from pipelines.generate import generate
 
@@ -281,7 +281,7 @@ def test_a_codec_comes_back_as_its_float16_rounding(codec_folder: Path) -> None:
     original = LatentCodec(CODEC)
     codec, digest = load_codec(codec_folder)
     assert codec.config == CODEC
-    assert digest == folder_digest(codec_folder)
+    assert digest == codec_digest(codec_folder)
     loaded = codec.state_dict()
     assert loaded.keys() == original.state_dict().keys()
     for name, value in original.state_dict().items():
@@ -289,22 +289,22 @@ def test_a_codec_comes_back_as_its_float16_rounding(codec_folder: Path) -> None:
     assert next(original.parameters()).dtype == torch.float32
     assert {v.dtype for v in load_file(codec_folder / "vae" / NETWORK_FILE).values()} == {torch.float16}
     save_codec(codec, codec_folder.with_name("again"))
-    assert folder_digest(codec_folder.with_name("again")) == digest
+    assert codec_digest(codec_folder.with_name("again")) == digest
 
 
 @pytest.mark.parametrize("part", ["config.json", "vae/config.json", f"vae/{NETWORK_FILE}"])
 def test_the_digest_tells_of_every_byte(codec_folder: Path, part: str) -> None:
-    before = folder_digest(codec_folder)
+    before = codec_digest(codec_folder)
     content = bytearray((codec_folder / part).read_bytes())
     content[-1] ^= 1
     (codec_folder / part).write_bytes(content)
-    changed = folder_digest(codec_folder)
+    changed = codec_digest(codec_folder)
     assert changed != before
     content[-1] ^= 1
     (codec_folder / part).write_bytes(content)
-    assert folder_digest(codec_folder) == before
+    assert codec_digest(codec_folder) == before
     (codec_folder / part).rename(codec_folder / "moved")
-    assert folder_digest(codec_folder) not in (before, changed)
+    assert codec_digest(codec_folder) not in (before, changed)
 
 
 def test_a_truncated_codec_is_refused(codec_folder: Path) -> None:
