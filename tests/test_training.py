@@ -115,6 +115,17 @@ class TestRun:
         else:
             assert losses(run) == pytest.approx(golden[name], rel=1e-4)
 
+    @pytest.mark.slow
+    def test_tiny_configs_reach_the_numbers_in_their_first_lines(self, tmp_path: Path) -> None:
+        data, cache = f"data.path={ROOT / 'tests/data/emoji'}", f"cache={tmp_path / 'cache'}"
+        train(ROOT / "configs/tiny/autoencoder.yaml", tmp_path / "ae", [data, cache])
+        overrides = [data, cache, f"codec={tmp_path / 'ae/final'}"]
+        train(ROOT / "configs/tiny/base.yaml", tmp_path / "base", overrides)
+        measures = [json.loads((run / "metrics.jsonl").read_text().splitlines()[-1]) for run in
+                    (tmp_path / "ae", tmp_path / "base")]  # fmt: skip
+        assert measures[0]["psnr_db"] >= 13
+        assert measures[1]["loss_mean"] < 0.6
+
     def test_run_of_another_config_is_refused(self, runs: Path) -> None:
         with pytest.raises(UserError, match=r"optim\.lr: 0\.004 there, 0\.001 now"):
             train(ROOT / "configs/tiny/autoencoder.yaml", runs / "ae", shared(runs, "optim.lr=1e-3"))

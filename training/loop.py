@@ -189,7 +189,8 @@ def _step(live: _Run, loader: Iterator[Batch], config: LoopConfig, optim: OptimC
                 metrics[f"loss{number or ''}"] = loss.detach()
             if live.accelerator.sync_gradients:
                 norm = live.accelerator.clip_grad_norm_(live.module.parameters(), optim.clip).detach()
-                if bool(norm.isfinite()):
+                # a gradient scaler, in fp16, skips the step itself and must see it to lower its scale
+                if bool(norm.isfinite()) or live.accelerator.scaler is not None:
                     for optimizer in live.optimizers:
                         optimizer.step()
                 for optimizer in live.optimizers:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import torch
+from accelerate import PartialState
 from torch import nn
 
 from ldm.conditioning import Conditioning
@@ -98,8 +99,9 @@ class AutoencoderTask:
     """Trains a codec; evaluates the round trip through the posterior mean on held-out pictures."""
 
     def __init__(self, config: AutoencoderRun) -> None:
-        self.cache = encode(Reader(config.data), config.cache)
-        self.held_out = encode(Reader(config.validation.data(config.data)), config.cache)
+        with PartialState().main_process_first():
+            self.cache = encode(Reader(config.data), config.cache)
+            self.held_out = encode(Reader(config.validation.data(config.data)), config.cache)
         torch.manual_seed(config.seed)
         self.module = AutoencoderModule(LatentCodec(config.codec), config.reconstruction)
         self._side = config.reconstruction.crop_px
@@ -208,8 +210,9 @@ class DiffusionTask:
                 f"data.size_px {config.data.size_px} must be a multiple of the codec's factor "
                 f"{codec.module.config.factor}"
             )
-        self.cache = encode(seen, config.cache, codec, text)
-        self.held_out = encode(held_out, config.cache, codec, text)
+        with PartialState().main_process_first():
+            self.cache = encode(seen, config.cache, codec, text)
+            self.held_out = encode(held_out, config.cache, codec, text)
         self._codec, self._text, self._preview = codec, text, config.preview
         channels = codec.module.config.latent_channels
         torch.manual_seed(config.seed)
