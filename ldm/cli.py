@@ -118,13 +118,16 @@ def generate(
 
 def main() -> Any:
     """Run the command. Exit codes: 0 done, 1 failure, 2 wrong use, 3 interrupted and resumable."""
-    from ldm.config import UserError
-
     try:
         app()
-    except UserError as error:
+    except Exception as error:
+        # imported here, because the help needs neither pydantic nor yaml
+        from ldm.config import UserError
+
+        if not isinstance(error, (UserError, OSError)):
+            raise
         print(f"ldm: {_printable(str(error))}", file=sys.stderr)
-        sys.exit(error.exit_code)
+        sys.exit(error.exit_code if isinstance(error, UserError) else 1)
 
 
 if __name__ == "__main__":

@@ -19,7 +19,9 @@ def advancing(label: str, total: int | None, every_s: float = 10.0) -> Iterator[
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-        with Progress(*columns, console=Console(stderr=True)) as bar:
+        # a stdout that goes elsewhere keeps what is printed meanwhile
+        console, shared = Console(stderr=True), sys.stdout.isatty()
+        with Progress(*columns, console=console, redirect_stdout=shared) as bar:
             task = bar.add_task(label, total=total)
             yield lambda: bar.advance(task)
         return

@@ -9,7 +9,6 @@ with stage.json and unet/.
 
 from __future__ import annotations
 
-import hashlib
 import os
 import shutil
 import uuid
@@ -24,6 +23,7 @@ from torch import Tensor
 from ldm.conditioning import Conditioning
 from ldm.config import Config, UserError, parse, to_dict
 from ldm.denoiser import Denoiser, DenoiserConfig
+from ldm.draws import keyed_generator
 from ldm.guidance import ClassifierFreeGuidance
 from ldm.latents import LatentCodec, Normalisation
 from ldm.models.unet import UNetConfig, build_unet
@@ -100,12 +100,8 @@ class CascadeConfig(Config):
             raise ValueError(f"cascade format {self.format}; this version reads {FORMAT}")
         if not self.stages or any(not name.isidentifier() for name in self.stages):
             raise ValueError(f"stages must be plain folder names, not {self.stages}")
-
-
-def image_generator(seed: int, stage: str, purpose: str) -> torch.Generator:
-    """The CPU generator of one image for one purpose in one stage: no batch size or process count enters."""
-    digest = hashlib.blake2b(f"{seed}/{stage}/{purpose}".encode(), digest_size=8).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest, "big") >> 1)
+        if len(self.stages) > 1:
+            raise ValueError(f"stages {self.stages}: this version draws cascades of one stage")
 
 
 @dataclass
@@ -130,13 +126,13 @@ class Stage:
     def _sample_rows(self, cond: Conditioning, null: Conditioning, seeds: list[int], side: int,
                      sampling: SamplingConfig, on_step: Callable[[int, int], None] | None) -> Tensor:  # fmt: skip
         device = next(self.denoiser.parameters()).device
-        generators = [image_generator(seed, self.config.name, "sampler") for seed in seeds]
+        generators = [keyed_generator(seed, self.config.name, "sampler") for seed in seeds]
 
         def noise(like: Tensor) -> Tensor:
             draws = [torch.randn(like.shape[1:], generator=g) for g in generators]
             return torch.stack(draws).to(like)
 
-        starts = [image_generator(seed, self.config.name, "start") for seed in seeds]
+        starts = [keyed_generator(seed, self.config.name, "start") for seed in seeds]
         shape = (self.config.latent_channels, side, side)
         schedule = self.denoiser.schedule
         grid = uniform_grid(sampling.steps, schedule)
@@ -157,13 +153,12 @@ class Cascade:
     text: TextEncoder
     digest: str = ""
 
-    def sampling(self, steps: int | None = None, guidance: float | None = None,
-                 sampler: str | None = None) -> list[SamplingConfig]:  # fmt: skip
+    def sampling(self, steps: int | None = None, guidance: float | None = None) -> list[SamplingConfig]:
         """Each stage's sampling, with the given values in place of its defaults.
 
-        Raises UserError for values out of range, steps beyond the schedule's or an unknown sampler.
+        Raises UserError for values out of range, and for more steps than the schedule has.
         """
-        given = {"steps": steps, "guidance": guidance, "sampler": sampler}
+        given = {"steps": steps, "guidance": guidance}
         changed = {k: v for k, v in given.items() if v is not None}
         found = []
         for stage in self.stages:
@@ -221,6 +216,7 @@ class Cascade:
 def decode_rows(codec: LatentCodec, raw: Tensor, rows: int) -> Tensor:
     """Decode raw latents (B, C, h, w) `rows` at a time, the last call padded -> pixels (B, 3, H, W) on the CPU."""
     parts = []
+    raw = raw.to(next(codec.parameters()).device)
     for start in range(0, len(raw), rows):
         part = raw[start : start + rows]
         padded = torch.cat([part, part[:1].expand(rows - len(part), *part.shape[1:])])

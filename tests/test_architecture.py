@@ -24,7 +24,6 @@ EXCEPTIONS = {
     "ldm/cli.py": {"pipelines", "training"},
     "ldm/__main__.py": {"pipelines", "training"},
     "training/tasks.py": {"pipelines"},
-    "training/run.py": {"pipelines"},
     "training/evaluate.py": {"pipelines"},
 }
 ONLY_IN_FUNCTIONS = ("ldm/cli.py", "ldm/__main__.py")

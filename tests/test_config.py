@@ -14,6 +14,7 @@ import yaml
 
 from ldm.config import ConfigError, UserError, load, parse, to_yaml
 from ldm.latents import CodecConfig, Normalisation
+from training import loop
 from training.loop import LoopConfig, check_precision
 from training.tasks import AutoencoderRun, DiffusionRun, RunConfig
 
@@ -311,8 +312,15 @@ def test_data_from_json_is_as_strict() -> None:
 
 
 @pytest.mark.parametrize("precision", ["fp16", "bf16"])
-def test_half_precision_on_a_cpu_is_refused_with_the_reason(precision: Any) -> None:
+def test_half_precision_on_a_cpu_without_it_is_refused_with_the_reason(
+    precision: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loop, "cpu_has_bf16", lambda: False)
     config = LoopConfig(images=64_000, mixed_precision=precision)
     with pytest.raises(UserError, match=rf"loop\.mixed_precision: {precision} .* CPU: .*slower.*mixed_precision=no"):
         check_precision(config, torch.device("cpu"))
     check_precision(replace(config, mixed_precision="no"), torch.device("cpu"))
+    monkeypatch.setattr(loop, "cpu_has_bf16", lambda: True)
+    check_precision(replace(config, mixed_precision="bf16"), torch.device("cpu"))
+    with pytest.raises(UserError):
+        check_precision(replace(config, mixed_precision="fp16"), torch.device("cpu"))

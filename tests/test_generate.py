@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -127,7 +128,7 @@ def test_prompts_change_no_other_prompts_picture(four: Path, tiny_folder: Path, 
 
 def test_stochastic_sampler_draws_per_picture(tiny_folder: Path) -> None:
     cascade = load_cascade(tiny_folder)
-    sampling = cascade.sampling(steps=4, sampler="ddpm")
+    sampling = [replace(options, sampler="ddpm") for options in cascade.sampling(steps=4)]
     seeds = [1, 2, 3, 4, 5]
     together = cascade([PROMPT] * 5, seeds, sampling)
     assert torch.equal(torch.cat([cascade([PROMPT], [seed], sampling) for seed in seeds]), together)
@@ -210,7 +211,6 @@ def test_a_full_disk_is_told(tiny_folder: Path, tmp_path: Path) -> None:
     ("options", "message"),
     [
         ({"prompts": []}, "no prompt"),
-        ({"prompts": ["x" * 100_001]}, "at most 100000"),
         ({"n": 0}, "from 1 to 10000"),
         ({"n": 10**9}, "from 1 to 10000"),
         ({"seed": -2}, "from 0 to"),
@@ -379,3 +379,13 @@ def test_damaged_folders_are_refused(copied: Path, part: str, damage: bytes | No
     with pytest.raises(UserError, match=message) as error:
         load_cascade(copied)
     assert part.partition("/")[0] in str(error.value)
+
+
+def test_an_overlong_prompt_is_cut_with_a_message(tiny_folder: Path, tmp_path: Path) -> None:
+    told: list[str] = []
+    generate(["cat " * 25_000], tiny_folder, 1, out=tmp_path / "a", tell=told.append)
+    assert "the first 20000 of 100000 characters are read" in told[0]
+    assert "tokens are used" in told[1]
+    recipe = read_recipe(tmp_path / "a/0000.png")
+    assert recipe is not None
+    assert recipe["prompt"] == "cat " * 5_000

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import shutil
 import signal
 from pathlib import Path
 
@@ -13,6 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 from ldm.config import UserError, load
+from ldm.draws import keyed_generator
 from ldm.weights import load_codec
 from pipelines.cascade import load_cascade
 from training import checkpoint, loop
@@ -20,7 +22,7 @@ from training.cache import Cache
 from training.data import Reader
 from training.ema import Ema, decay
 from training.encode import encode
-from training.loader import batches, generator, order
+from training.loader import batches, order
 from training.optim import OptimConfig, learning_rate
 from training.run import train
 from training.tasks import RunConfig, build_task
@@ -74,9 +76,9 @@ class TestRun:
         assert load_codec(runs / "ae/final").module.config.latent_channels == 8
         assert load_cascade(base / "final").text.config.kind == "t5"
 
-    @pytest.mark.parametrize("stop_at", [1, 5])
+    @pytest.mark.parametrize(("stop_at", "channels_last"), [(1, False), (5, False), (5, True)])
     def test_interrupted_run_resumes_to_equal_weights(
-        self, runs: Path, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stop_at: int
+        self, runs: Path, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stop_at: int, channels_last: bool
     ) -> None:
         real, count = loop._step, 0
 
@@ -89,6 +91,11 @@ class TestRun:
 
         monkeypatch.setattr(loop, "_step", step)
         config, overrides = ROOT / "configs/tiny/base_t5.yaml", base_overrides(runs, "base_t5")
+        if channels_last:
+            overrides.append("loop.channels_last=true")
+            monkeypatch.setattr(loop, "_step", real)
+            base = train(config, tmp_path / "straight", overrides).parent
+            monkeypatch.setattr(loop, "_step", step)
         with pytest.raises(loop.Interrupted) as stopped:
             train(config, tmp_path / "run", overrides)
         assert stopped.value.exit_code == 3
@@ -130,6 +137,22 @@ class TestRun:
         with pytest.raises(UserError, match=r"optim\.lr: 0\.004 there, 0\.001 now"):
             train(ROOT / "configs/tiny/autoencoder.yaml", runs / "ae", shared(runs, "optim.lr=1e-3"))
 
+    def test_run_on_changed_data_is_refused(self, tmp_path: Path) -> None:
+        data = shutil.copytree(ROOT / "tests/data/emoji", tmp_path / "data")
+        overrides = [*SHORT, f"data.path={data}", f"cache={tmp_path / 'cache'}"]
+        train(ROOT / "configs/tiny/autoencoder.yaml", tmp_path / "run", overrides)
+        lines = (data / "metadata.jsonl").read_text().splitlines()
+        (data / "metadata.jsonl").write_text("\n".join(lines[1:]) + "\n")
+        with pytest.raises(UserError, match="trained on other data"):
+            train(ROOT / "configs/tiny/autoencoder.yaml", tmp_path / "run", overrides)
+
+    def test_pruning_keeps_the_newest_and_what_was_just_written(self, runs: Path, tmp_path: Path) -> None:
+        module = torch.nn.Linear(2, 2)
+        for images in (10, 40, 20, 30):
+            checkpoint.save(tmp_path, images, module, module, [], 2, 1, 0.0)
+        kept = sorted(p.name for p in (tmp_path / "checkpoints").iterdir())
+        assert kept == ["step-000000000020", "step-000000000030", "step-000000000040"]
+
     def test_folder_in_the_way_is_left_alone(self, tmp_path: Path) -> None:
         (tmp_path / "mine.txt").write_text("x")
         with pytest.raises(UserError, match="nothing was changed"):
@@ -139,18 +162,16 @@ class TestRun:
     def test_damaged_checkpoint_is_passed_over_aloud(
         self, base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     ) -> None:
-        import shutil
-
         shutil.copytree(base / "checkpoints", tmp_path / "checkpoints")
         newest = checkpoint.newest(tmp_path)
         assert newest is not None
-        assert newest.name == "step-000000128"
+        assert newest.name == "step-000000000128"
         data = bytearray((newest / "model.safetensors").read_bytes())
         data[-1] ^= 1
         (newest / "model.safetensors").write_bytes(data)
         older = checkpoint.newest(tmp_path)
         assert older is not None
-        assert older.name == "step-000000064"
+        assert older.name == "step-000000000064"
         assert "model.safetensors is damaged" in capsys.readouterr().out
 
     def test_non_finite_gradient_changes_nothing_and_stops_the_run(
@@ -177,6 +198,13 @@ class TestCache:
         for i in range(len(task.held_out)):
             assert task.held_out.item(i).numpy().tobytes() not in pictures
 
+    def test_data_without_splits_is_held_out_by_stride(self, runs: Path) -> None:
+        more = ["data.split=null", "validation.split=null", "validation.stride=10"]
+        task = build_task(load(RunConfig, ROOT / "configs/tiny/autoencoder.yaml", shared(runs, *more)))
+        seen, held_out = ({i["key"] for i in c.items} for c in (task.cache, task.held_out))
+        assert not seen & held_out
+        assert (len(seen), len(held_out)) == (91, 11)
+
     def test_is_written_once_and_keyed_by_its_inputs(self, runs: Path) -> None:
         config = load(RunConfig, ROOT / "configs/tiny/autoencoder.yaml", shared(runs))
         first = encode(Reader(config.data), config.cache)
@@ -187,8 +215,6 @@ class TestCache:
         assert encode(Reader(config.data), config.cache, codec).folder != first.folder
 
     def test_damage_is_refused(self, runs: Path, tmp_path: Path) -> None:
-        import shutil
-
         config = load(RunConfig, ROOT / "configs/tiny/autoencoder.yaml", shared(runs))
         copy = tmp_path / "copy"
         shutil.copytree(encode(Reader(config.data), config.cache).folder, copy)
@@ -235,7 +261,7 @@ class TestLoader:
         for position, (index, draw) in seen.items():
             p = 80 + position
             assert index == int(order(3, p // count, count)[p % count])
-            assert draw == float(torch.rand((), generator=generator(3, "image", p), dtype=torch.float64))
+            assert draw == float(torch.rand((), generator=keyed_generator(3, "image", p), dtype=torch.float64))
         assert len(seen) == 32
 
 

@@ -6,7 +6,7 @@
     CACHE/<key>/text.safetensors       `states` (tokens, D) float16 of every distinct caption, end to end, and
                                        `offsets` (captions + 1,) int64; caption 0 is the empty one, the null
 
-The key is a digest of exactly what changes the bytes: data fingerprint, crop size, codec, text encoder.
+The key is a digest of what changes the bytes: data fingerprint, how pictures are read, codec, text encoder.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -35,6 +36,8 @@ class CacheKey:
 
     data: str
     size_px: int
+    background: tuple[int, int, int]
+    max_pixels: int
     codec: str | None
     text: str | None
 
@@ -54,7 +57,7 @@ def sha256(path: Path) -> str:
 class Cache:
     """Reads a finished cache; tensors are memory-mapped. Raises UserError where it is incomplete or damaged."""
 
-    def __init__(self, folder: Path, verify: bool = False) -> None:
+    def __init__(self, folder: Path) -> None:
         self.folder = folder
         try:
             self.manifest: dict[str, Any] = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
@@ -62,15 +65,14 @@ class Cache:
                 raise UserError(f"{folder}: cache format {self.manifest['format']}, this version reads {FORMAT}")
             for name, entry in self.manifest["files"].items():
                 path = folder / name
-                if path.stat().st_size != entry["bytes"] or (verify and sha256(path) != entry["sha256"]):
+                if path.stat().st_size != entry["bytes"]:
                     raise ValueError(f"{name} is damaged")
             self.items: list[dict[str, Any]] = json.loads((folder / ITEMS).read_text(encoding="utf-8"))
             shards = [load_file(folder / name) for name in self.manifest["shards"]]
             text = load_file(folder / TEXT) if TEXT in self.manifest["files"] else {}
-        except (OSError, ValueError, KeyError) as error:
+            self._shards = [next(iter(shard.values())) for shard in shards]
+        except (OSError, ValueError, KeyError, StopIteration, SafetensorError) as error:
             raise UserError(f"{folder}: not a whole cache ({error}); delete it and encode again") from None
-        self.name = next(iter(shards[0]))
-        self._shards = [shard[self.name] for shard in shards]
         self._starts = [0]
         for shard in self._shards:
             self._starts.append(self._starts[-1] + len(shard))

@@ -1,6 +1,6 @@
 """Checkpoints of a run: a folder of safetensors + JSON, complete exactly when its manifest verifies.
 
-    RUN/checkpoints/step-000123456/{model,ema,optimizer}.safetensors, state.json, manifest.json (written last)
+    RUN/checkpoints/step-000000123456/{model,ema,optimizer}.safetensors, state.json, manifest.json (written last)
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from ldm.weights import write_json
 from training.cache import sha256
 
 MANIFEST = "manifest.json"
+STEPS = "step-" + "[0-9]" * 12
 
 
 def _optimizer_tensors(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -37,10 +38,10 @@ def _sync(path: Path) -> None:
 
 
 def save(run: Path, images: int, model: nn.Module, ema: nn.Module, optimizers: list[torch.optim.Optimizer],
-         keep: int, world_size: int) -> Path:  # fmt: skip
+         keep: int, world_size: int, seconds: float) -> Path:  # fmt: skip
     """Write a checkpoint beside the old ones, rename it into place, and only then prune to the newest `keep`."""
     root = run / "checkpoints"
-    partial = root / f"step-{images:09d}.tmp-{uuid.uuid4().hex[:8]}"
+    partial = root / f"step-{images:012d}.tmp-{uuid.uuid4().hex[:8]}"
     partial.mkdir(parents=True)
     for name, module in (("model", model), ("ema", ema)):
         tensors = {k: v.detach().cpu().contiguous() for k, v in module.state_dict().items()}
@@ -51,18 +52,19 @@ def save(run: Path, images: int, model: nn.Module, ema: nn.Module, optimizers: l
         groups.append(scalars)
         contiguous = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
         save_file(contiguous, partial / f"optimizer-{number}.safetensors")
-    write_json(partial / "state.json", {"images": images, "optimizers": groups, "world_size": world_size})
+    write_json(partial / "state.json", {"images": images, "seconds": seconds, "optimizers": groups})
     files = sorted(partial.iterdir())
     for path in files:
         _sync(path)
     listed = {p.name: {"bytes": p.stat().st_size, "sha256": sha256(p)} for p in files}
     write_json(partial / MANIFEST, {"images": images, "world_size": world_size, "files": listed})
     _sync(partial / MANIFEST)
-    final = root / f"step-{images:09d}"
+    final = root / f"step-{images:012d}"
     shutil.rmtree(final, ignore_errors=True)
     partial.rename(final)
     _sync(root)
-    for old in sorted(root.glob("step-?????????"))[:-keep]:
+    older = [p for p in sorted(root.glob(STEPS)) if p.name <= final.name]
+    for old in older[:-keep]:
         shutil.rmtree(old)
     return final
 
@@ -82,7 +84,7 @@ def fault(folder: Path) -> str | None:
 
 def newest(run: Path) -> Path | None:
     """The newest checkpoint that verifies; damaged ones are passed over aloud."""
-    for folder in sorted((run / "checkpoints").glob("step-?????????"), reverse=True):
+    for folder in sorted((run / "checkpoints").glob(STEPS), reverse=True):
         reason = fault(folder)
         if reason is None:
             return folder
@@ -90,8 +92,9 @@ def newest(run: Path) -> Path | None:
     return None
 
 
-def restore(folder: Path, model: nn.Module, ema: nn.Module, optimizers: list[torch.optim.Optimizer]) -> int:
-    """Load a verified checkpoint into the parts of a run; returns the images seen."""
+def restore(folder: Path, model: nn.Module, ema: nn.Module,
+            optimizers: list[torch.optim.Optimizer]) -> tuple[int, float]:  # fmt: skip
+    """Load a verified checkpoint into the parts of a run; returns the images seen and the seconds spent."""
     model.load_state_dict(load_file(folder / "model.safetensors"))
     ema.load_state_dict(load_file(folder / "ema.safetensors"))
     state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
@@ -101,4 +104,8 @@ def restore(folder: Path, model: nn.Module, ema: nn.Module, optimizers: list[tor
             index, _, key = name.partition(".")
             entries.setdefault(int(index), {})[key] = value
         optimizer.load_state_dict({"state": entries, **state["optimizers"][number]})
-    return int(state["images"])
+        for parameter, entry in optimizer.state.items():
+            for key, value in entry.items():
+                if value.shape == parameter.shape:  # fused kernels want the parameter's own memory layout
+                    entry[key] = torch.empty_like(parameter).copy_(value)
+    return int(state["images"]), float(state["seconds"])

@@ -16,6 +16,7 @@ import numpy as np
 from PIL import Image
 
 from ldm.config import UserError
+from ldm.progress import progress
 from training.decode import BadImage, Pixels, read_image
 from training.rows import DataConfig, Row, Scan, scan_folder, shown
 
@@ -150,7 +151,7 @@ def check(path: str | Path, size_px: int | None = None) -> Report:
     report = Report(notes=scan.notes)
     smallest: tuple[int, str] | None = None
     split_of: dict[bytes, Any] = {}
-    for row in scan.rows:
+    for row in progress(scan.rows, "checking"):
         report.seen += 1
         try:
             pixels = _pixels(row, config, report.notes)

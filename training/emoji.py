@@ -18,7 +18,6 @@ import subprocess
 import tarfile
 import tempfile
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -355,13 +354,10 @@ def _attribution(folder: Path) -> str:
     return "\n".join(lines) + "\n"
 
 
-def build(folder: str | Path, packages: str | Path | None = None,
-          keep: Callable[[Picture], bool] | None = None) -> Built:  # fmt: skip
+def build(folder: str | Path, packages: str | Path | None = None) -> Built:
     """Write the emoji data set into `folder`: PNG files of 256 px, metadata.jsonl, SOURCES.md, dropped.json.
 
     packages: folder with the npm tarballs (fetched there when missing; a temporary one when None).
-    keep: build only these pictures. Splits are those of the whole set all the same, except that near-duplicates
-    are looked for among the kept pictures only.
     Raises UserError when `folder` exists and is not empty, npm is missing, or a tarball has the wrong SHA-256.
     """
     folder = Path(folder)
@@ -370,14 +366,15 @@ def build(folder: str | Path, packages: str | Path | None = None,
     partial = folder.with_name(folder.name + ".partial")
     if partial.exists():
         raise UserError(f"{partial}: left by a build that was cut off or is running; delete it, then run again")
-    partial.mkdir(parents=True)
+    try:
+        partial.mkdir(parents=True)
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be written ({error.strerror}); name another folder") from None
     try:
         with tempfile.TemporaryDirectory() as temporary:
             source = Path(packages) if packages else Path(temporary)
             _fetch(source)
             pictures, dropped = collect(source)
-            if keep is not None:
-                pictures = [p for p in pictures if keep(p)]
             (partial / "SOURCES.md").write_text(_attribution(source), encoding="utf-8")
         assign_clusters(pictures, _render_all(pictures, partial))
         assign_splits(pictures)
@@ -390,9 +387,5 @@ def build(folder: str | Path, packages: str | Path | None = None,
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
-    return Built(folder, count(p.row() for p in pictures), dropped, len({p.cluster for p in pictures}))
-
-
-def count(rows: Iterable[dict[str, Any]]) -> Counter[tuple[str, str]]:
-    """Pictures per (split, style)."""
-    return Counter((row["split"], row["style"]) for row in rows)
+    counts = Counter((p.split, p.style) for p in pictures)
+    return Built(folder, counts, dropped, len({p.cluster for p in pictures}))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import uuid
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -38,14 +39,28 @@ def encode(reader: Reader, root: str | Path, codec: Codec | None = None,
     Raises UserError when too much of the data is bad or an encoder gives non-finite values.
     """
     key = CacheKey(
-        fingerprint(reader.rows), reader.config.size_px, codec.digest if codec else None, text.digest if text else None
+        fingerprint(reader.rows), reader.config.size_px, reader.config.background, reader.config.max_pixels,
+        codec.digest if codec else None, text.digest if text else None
     )
     folder = key.folder(root)
     if (folder / MANIFEST).exists():
         return Cache(folder)
-    partial = folder.with_name(folder.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
+    partial = folder.with_name(f"{folder.name}.tmp-{uuid.uuid4().hex[:8]}")
+    try:
+        partial.mkdir(parents=True)
+    except OSError as error:
+        raise UserError(f"{root}: no cache can be written there ({error.strerror}); name another with cache") from None
+    try:
+        _write(partial, key, reader, codec, text)
+        if not (folder / MANIFEST).exists():  # another process may have written the same meanwhile
+            shutil.rmtree(folder, ignore_errors=True)
+            partial.rename(folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return Cache(folder)
+
+
+def _write(partial: Path, key: CacheKey, reader: Reader, codec: Codec | None, text: TextEncoder | None) -> None:
     captions: dict[str, int] = {"": 0}
     items: list[dict[str, Any]] = []
     moments = _Statistics()
@@ -65,14 +80,11 @@ def encode(reader: Reader, root: str | Path, codec: Codec | None = None,
     if text is not None:
         manifest["text"] = {"max_tokens": text.max_tokens, "uses_mask": text.uses_mask, "captions": len(captions)}
         save_file(_encode_captions(text, list(captions)), partial / TEXT)
-    (partial / ITEMS).write_text(json.dumps(items, ensure_ascii=False), encoding="utf-8")
+    (partial / ITEMS).write_text(json.dumps(items), encoding="utf-8")
     manifest["files"] = {
         p.name: {"bytes": p.stat().st_size, "sha256": sha256(p)} for p in sorted(partial.iterdir())
     }
     (partial / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
-    shutil.rmtree(folder, ignore_errors=True)
-    partial.rename(folder)
-    return Cache(folder)
 
 
 class _Statistics:
@@ -123,7 +135,8 @@ def codec_moments(codec: LatentCodec, pixels: Tensor) -> Tensor:
     """uint8 pixels (B, H, W, 3) -> moments (B, 2C, h, w) float32, always computed at ENCODE_ROWS rows."""
     count = len(pixels)
     padded = torch.cat([pixels, pixels[:1].expand(ENCODE_ROWS - count, *pixels.shape[1:])])
-    return codec.encode(padded.permute(0, 3, 1, 2).float() / 127.5 - 1)[:count]
+    padded = padded.to(next(codec.parameters()).device)
+    return codec.encode(padded.permute(0, 3, 1, 2).float() / 127.5 - 1)[:count].cpu()
 
 
 def _groups(examples: Iterable[Example], size: int) -> Iterator[list[Example]]:

@@ -16,13 +16,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ldm.draws import keyed_generator
 from ldm.latents import Normalisation
 from pipelines.cascade import Cascade, load_cascade
 from pipelines.images import grid, save_png, to_uint8
 from training.cache import Cache
 from training.data import DataConfig, Reader
 from training.encode import ENCODE_ROWS, codec_moments, encode
-from training.loader import generator
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ def _latents(moments: Tensor, normalisation: Normalisation) -> Tensor:
 def choose_captions(cache: Cache, texts: dict[int, tuple[str, ...]], count: int, seed: int = 0) -> dict[int, str]:
     """`count` items drawn without replacement, each with one of its captions that name its style."""
     chosen: dict[int, str] = {}
-    draws = generator(seed, "evaluate")
+    draws = keyed_generator(seed, "evaluate")
     for index in torch.randperm(len(cache), generator=draws).tolist():
         named = [c for c in texts[index] if cache.items[index]["fields"]["style"] in c]
         if named and len(chosen) < count:
@@ -105,7 +105,7 @@ def main() -> None:
     cascade = load_cascade(options.model)
     data = DataConfig(path=options.data, split="train", size_px=cascade.stages[-1].config.resolution_px)
     reader = Reader(data)
-    cache = encode(reader, options.cache, cascade.codec, cascade.text)
+    cache = encode(reader, options.cache, cascade.codec)
     texts = {row.key: row.captions for row in reader.rows}
     captions = choose_captions(cache, {i: texts[item["key"]] for i, item in enumerate(cache.items)}, options.count)
     agreement, pictures = prompt_agreement(cascade, cache, captions, guidance=options.guidance)

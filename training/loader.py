@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
@@ -10,19 +9,14 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from ldm.draws import keyed_generator
 from training.cache import Cache
 
 
 @lru_cache(maxsize=2)
 def order(seed: int, epoch: int, count: int) -> Tensor:
     """The order in which epoch `epoch` visits `count` items: (count,) int64."""
-    return torch.randperm(count, generator=generator(seed, "order", epoch))
-
-
-def generator(seed: int, *key: str | int) -> torch.Generator:
-    """A CPU generator keyed by (seed, key): the same draws whatever rank, worker or batch asks."""
-    digest = hashlib.blake2b("/".join(map(str, (seed, *key))).encode(), digest_size=8).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest, "big") >> 1)
+    return torch.randperm(count, generator=keyed_generator(seed, "order", epoch))
 
 
 @dataclass(frozen=True)
@@ -70,7 +64,7 @@ def batches(cache: Cache, seed: int, start: int, size: int, global_size: int, st
         yield Batch(
             cache,
             [int(order(seed, p // len(cache), len(cache))[p % len(cache)]) for p in positions],
-            [generator(seed, "image", p) for p in positions],
+            [keyed_generator(seed, "image", p) for p in positions],
             [p % global_size for p in positions],
             global_size,
         )

@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Any, Literal, Protocol
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from torch import Tensor, nn
 
 from ldm.config import Config, UserError
-from ldm.progress import progress
+from ldm.progress import advancing
 from training import checkpoint
 from training.cache import Cache
 from training.ema import Ema, decay
@@ -115,12 +115,24 @@ def _signals() -> Iterator[list[int]]:
             signal.signal(which, handler)
 
 
+def process_state() -> PartialState:
+    """This process among those of the launch. Without `cpu`, Accelerate runs CPU processes apart from each other."""
+    return PartialState(cpu=not torch.accelerator.is_available())
+
+
+def cpu_has_bf16() -> bool:
+    """Whether this CPU computes in bfloat16 (AVX512-BF16 or AMX)."""
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+
+
 def check_precision(config: LoopConfig, device: torch.device) -> None:
     """Refuse half precision where it is tens of times slower than single, or does not exist."""
-    if config.mixed_precision != "no" and device.type == "cpu":
+    if config.mixed_precision == "no":
+        return
+    if device.type == "cpu" and not (config.mixed_precision == "bf16" and cpu_has_bf16()):
         raise UserError(
-            f"loop.mixed_precision: {config.mixed_precision} is refused on a CPU: its convolutions run in half "
-            "precision tens of times slower than in float32. Set loop.mixed_precision=no"
+            f"loop.mixed_precision: {config.mixed_precision} is refused on this CPU: it has no instructions for it, "
+            "and convolutions run tens of times slower than in float32. Set loop.mixed_precision=no"
         )
     if config.mixed_precision == "bf16" and device.type == "cuda" and not torch.cuda.is_bf16_supported():
         raise UserError("loop.mixed_precision: this GPU has no bfloat16; use fp16 or no")
@@ -135,6 +147,7 @@ class _Run:
     ema: Ema
     optimizers: list[Any]
     images: int
+    seconds: float
 
     @property
     def bare(self) -> nn.Module:
@@ -147,6 +160,7 @@ class _Run:
 
 def _start(task: Task, config: LoopConfig, optim: OptimConfig, run: Path) -> _Run:
     accelerator = Accelerator(
+        cpu=process_state().device.type == "cpu",
         mixed_precision=config.mixed_precision, gradient_accumulation_steps=config.accumulation
     )
     check_precision(config, accelerator.device)
@@ -161,17 +175,18 @@ def _start(task: Task, config: LoopConfig, optim: OptimConfig, run: Path) -> _Ru
     ema = Ema(module)
     optimizers = [build_optimizer(optim, module.parameters())]
     found = checkpoint.newest(run)
-    images = 0
+    images, seconds = 0, 0.0
     if found is not None:
-        images = checkpoint.restore(found, module, ema.module, list(optimizers))
+        images, seconds = checkpoint.restore(found, module, ema.module, list(optimizers))
         if accelerator.is_main_process:
             print(f"resuming from {found} at {images} images", flush=True)
     prepared = accelerator.prepare(module, *optimizers)
-    return _Run(accelerator, prepared[0], ema, list(prepared[1:]), images)
+    return _Run(accelerator, prepared[0], ema, list(prepared[1:]), images, seconds)
 
 
 def _step(live: _Run, loader: Iterator[Batch], config: LoopConfig, optim: OptimConfig) -> dict[str, float]:
     """One optimizer step over `batch` images; returns metrics. A non-finite gradient changes nothing."""
+    began = time.monotonic()
     totals: dict[str, Tensor] = {}
     rate = learning_rate(optim, live.images, config.images)
     norm = torch.zeros(())
@@ -198,12 +213,20 @@ def _step(live: _Run, loader: Iterator[Batch], config: LoopConfig, optim: OptimC
         for name, value in metrics.items():
             totals[name] = totals.get(name, 0) + value.detach() / config.accumulation
     live.images += config.batch
+    live.seconds += time.monotonic() - began
     if bool(norm.isfinite()):
         live.ema.update(live.bare, decay(live.images, config.batch, config.ema_halflife_images))
     else:
         print(f"step skipped: non-finite gradient on {', '.join(keys)}", flush=True)
-    result = {name: float(value) for name, value in totals.items()}
+    shared = live.accelerator.reduce(totals, "mean") if totals else totals
+    result = {name: float(value) for name, value in shared.items()}
     return {**result, "grad_norm": float(norm), "lr": rate}
+
+
+def _mean(window: list[dict[str, float]]) -> dict[str, float]:
+    """Means over the steps that were taken; over all where none was."""
+    taken = [w for w in window if math.isfinite(w["grad_norm"])] or window
+    return {k: sum(w[k] for w in taken) / len(taken) for k in taken[-1]}
 
 
 def train(task: Task, config: LoopConfig, optim: OptimConfig, seed: int, run: Path,
@@ -229,7 +252,7 @@ def train(task: Task, config: LoopConfig, optim: OptimConfig, seed: int, run: Pa
     def save() -> None:
         if main:
             checkpoint.save(run, live.images, live.bare, live.ema.module, live.bare_optimizers,
-                            config.keep_checkpoints, world)  # fmt: skip
+                            config.keep_checkpoints, world, live.seconds)  # fmt: skip
         live.accelerator.wait_for_everyone()
 
     def due(every: int) -> bool:
@@ -239,17 +262,19 @@ def train(task: Task, config: LoopConfig, optim: OptimConfig, seed: int, run: Pa
         report()
     window: list[dict[str, float]] = []
     clock, bad, saved = time.monotonic(), 0, live.images
-    with _signals() as stop:
-        steps = (config.images - live.images) // config.batch
-        for _ in progress(range(steps), "training steps", every_s=600):
+    steps = (config.images - live.images) // config.batch
+    with _signals() as seen, advancing("training steps", steps, every_s=600) as advance:
+        for _ in range(steps):
             window.append(_step(live, loader, config, optim))
+            advance()
+            # all processes leave together, whichever of them the signal reached
+            stop = bool(live.accelerator.reduce(torch.tensor(len(seen), device=live.accelerator.device), "sum"))
             bad = 0 if math.isfinite(window[-1]["grad_norm"]) else bad + 1
             if bad == MAX_BAD_STEPS:
                 raise UserError(f"{bad} steps in a row had non-finite gradients; stopped at {live.images} images", 1)
             if due(config.log_every_images) and main:
-                seconds = time.monotonic() - clock
-                values = {k: sum(w[k] for w in window) / len(window) for k in window[-1]}
-                log.write("train", live.images, {**values, "images_per_s": len(window) * config.batch / seconds})
+                speed = len(window) * config.batch / (time.monotonic() - clock)
+                log.write("train", live.images, {**_mean(window), "images_per_s": speed})
                 window, clock = [], time.monotonic()
             if due(config.preview_every_images):
                 report()
@@ -268,5 +293,6 @@ def train(task: Task, config: LoopConfig, optim: OptimConfig, seed: int, run: Pa
 
 def _export(task: Task, live: _Run, folder: Path, facts: dict[str, Any], log: MetricsLog) -> None:
     measures = task.evaluate(live.ema.module)
-    task.export(live.ema.module, folder, {**facts, "images": live.images, "measures": measures})
+    spent = {"images": live.images, "seconds": round(live.seconds)}
+    task.export(live.ema.module, folder, {**facts, **spent, "measures": measures})
     log.write("final", live.images, measures)

@@ -1,6 +1,6 @@
 """`ldm train` and `ldm encode`: from a config file to a run folder.
 
-    runs/NAME/{config.yaml, environment.json, metrics.jsonl, samples/, checkpoints/, final/}
+    runs/NAME/{config.yaml, environment.json, cache.json, metrics.jsonl, samples/, checkpoints/, final/}
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from ldm.config import UserError, load, to_dict, to_yaml
-from ldm.weights import write_json
+from ldm.weights import read_json, write_json
 from training import loop
 from training.cache import Cache
 from training.tasks import RunConfig, build_task
@@ -35,13 +35,25 @@ def train(config_path: str | Path, run: str | Path | None = None, overrides: Seq
     config = load(RunConfig, config_path, overrides)
     # denormal numbers slow a CPU step tenfold where gradients vanish
     torch.set_flush_denormal(True)
-    folder = Path(run) if run else Path("runs") / f"{config_path.parent.name}-{config_path.stem}"
-    loop.check_precision(config.loop, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
-    _prepare(folder, config)
+    folder = Path(run) if run else Path("runs") / f"{config_path.resolve().parent.name}-{config_path.stem}"
+    state = loop.process_state()
+    loop.check_precision(config.loop, state.device)
+    with state.main_process_first():
+        _check(folder, config)
     task = build_task(config)
     environment = _environment(config)
-    write_json(folder / "environment.json", environment)
-    facts = {"config": to_dict(config), "cache": task.cache.manifest["key"], **environment}
+    key = task.cache.manifest["key"]
+    with state.main_process_first():
+        if (folder / "cache.json").is_file() and read_json(folder / "cache.json") != key:
+            raise UserError(
+                f"{folder}: was trained on other data, codec or text encoder than the config's paths now hold (see its "
+                "cache.json). Name another folder with --run"
+            )
+        if state.is_main_process:
+            (folder / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
+            write_json(folder / "environment.json", environment)
+            write_json(folder / "cache.json", key)
+    facts = {"config": to_dict(config), "cache": key, **environment}
     return loop.train(task, config.loop, config.optim, config.seed, folder, facts)
 
 
@@ -60,8 +72,8 @@ def _flat(data: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return items
 
 
-def _prepare(folder: Path, config: Any) -> None:
-    """Make the run folder, or check that the one there belongs to this config."""
+def _check(folder: Path, config: Any) -> None:
+    """Make the run folder, empty, or check that the one there belongs to this config."""
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{folder}: a file is in the way of the run folder; name another with --run")
     saved = folder / "config.yaml"
@@ -75,7 +87,6 @@ def _prepare(folder: Path, config: Any) -> None:
         raise UserError(f"{folder}: exists and is not a run folder; nothing was changed. Name another with --run")
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        saved.write_text(to_yaml(config), encoding="utf-8")
     except OSError as error:
         raise UserError(f"{folder}: cannot be written ({error.strerror}); name another with --run") from None
 

@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import torch
-from accelerate import PartialState
 from torch import nn
 
 from ldm.conditioning import Conditioning
 from ldm.config import Config, UserError, tagged
 from ldm.denoiser import Denoiser, DenoiserConfig
+from ldm.draws import keyed_generator
 from ldm.latents import CodecConfig, LatentCodec, Normalisation
 from ldm.models.unet import UNetConfig
 from ldm.noise import NoiseScheduleConfig
@@ -25,10 +25,10 @@ from ldm.weights import load_codec, save_codec, write_json
 from pipelines.cascade import Cascade, SamplingConfig, Stage, StageConfig, build_denoiser
 from pipelines.images import grid, save_png, to_uint8
 from training.cache import Cache
-from training.data import DataConfig, Reader
+from training.data import DataConfig, Reader, rows
 from training.encode import encode
-from training.loader import Batch, generator
-from training.loop import LoopConfig
+from training.loader import Batch
+from training.loop import LoopConfig, process_state
 from training.metrics import psnr, ssim
 from training.optim import OptimConfig
 from training.steps import (
@@ -47,13 +47,25 @@ EVALUATION_LEVELS = (10, 30, 50, 70, 90)  # hundredths of t
 
 @dataclass(frozen=True)
 class ValidationConfig(Config):
-    """Held-out items: the split of the same data, and how many of it."""
+    """Held-out items: a split of the same data. Where that is the training split itself, which is so for data
+    without splits, every `stride`-th item is held out of training."""
 
     split: str | None = "combos"
-    items: int = 256
+    stride: int = 20
 
-    def data(self, data: DataConfig) -> DataConfig:
-        return replace(data, split=self.split, limit=self.items)
+    def __post_init__(self) -> None:
+        if self.stride < 2:
+            raise ValueError(f"stride must be at least 2, not {self.stride}")
+
+    def readers(self, data: DataConfig) -> tuple[Reader, Reader]:
+        """Readers of the training items and of the held-out ones, which have none in common."""
+        if self.split != data.split:
+            return Reader(data), Reader(replace(data, split=self.split))
+        found = rows(data)
+        if len(found) < 2:
+            raise UserError(f"{data.path}: one sample is too few: one is held out of training")
+        kept = [row for i, row in enumerate(found) if i % self.stride]
+        return Reader(data, kept), Reader(data, found[:: self.stride])
 
 
 @dataclass(frozen=True)
@@ -99,9 +111,9 @@ class AutoencoderTask:
     """Trains a codec; evaluates the round trip through the posterior mean on held-out pictures."""
 
     def __init__(self, config: AutoencoderRun) -> None:
-        with PartialState().main_process_first():
-            self.cache = encode(Reader(config.data), config.cache)
-            self.held_out = encode(Reader(config.validation.data(config.data)), config.cache)
+        seen, held_out = config.validation.readers(config.data)
+        with process_state().main_process_first():
+            self.cache, self.held_out = encode(seen, config.cache), encode(held_out, config.cache)
         torch.manual_seed(config.seed)
         self.module = AutoencoderModule(LatentCodec(config.codec), config.reconstruction)
         self._side = config.reconstruction.crop_px
@@ -179,6 +191,10 @@ class DiffusionRun(Config):
     def __post_init__(self) -> None:
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout is a share, from 0 to below 1, not {self.dropout}")
+        if self.schedule.kind == "flow" and self.denoiser.target == "eps":
+            raise ValueError("denoiser.target eps does not determine x0 at t = 1 of a flow schedule: use v, x0 or flow")
+        if self.schedule.kind != "flow" and self.sampling.steps > self.schedule.steps:
+            raise ValueError(f"sampling.steps {self.sampling.steps} is beyond schedule.steps {self.schedule.steps}")
 
 
 class DiffusionModule(nn.Module):
@@ -194,7 +210,7 @@ class DiffusionModule(nn.Module):
     def forward(self, batch: Batch) -> StepResult:
         device = next(self.denoiser.parameters()).device
         drawn = diffusion_inputs(batch, self.denoiser, self.normalisation, self.null, self.dropout)
-        inputs = DiffusionInputs(drawn.x0.to(device), drawn.eps.to(device), drawn.t.to(device), drawn.cond.to(device))
+        inputs = DiffusionInputs(drawn.x0.to(device), drawn.eps.to(device), drawn.t, drawn.cond.to(device))
         return diffusion_step(self.denoiser, inputs)
 
 
@@ -203,14 +219,16 @@ class DiffusionTask:
 
     def __init__(self, config: DiffusionRun) -> None:
         # the data first: a wrong folder is told before any network is loaded
-        seen, held_out = Reader(config.data), Reader(config.validation.data(config.data))
-        codec, text = load_codec(config.codec), load_text_encoder(config.text)
+        seen, held_out = config.validation.readers(config.data)
+        device = process_state().device
+        codec, text = load_codec(config.codec), load_text_encoder(config.text, device)
+        codec.module.to(device)
         if config.data.size_px % codec.module.config.factor:
             raise UserError(
                 f"data.size_px {config.data.size_px} must be a multiple of the codec's factor "
                 f"{codec.module.config.factor}"
             )
-        with PartialState().main_process_first():
+        with process_state().main_process_first():
             self.cache = encode(seen, config.cache, codec, text)
             self.held_out = encode(held_out, config.cache, codec, text)
         self._codec, self._text, self._preview = codec, text, config.preview
@@ -249,9 +267,10 @@ class DiffusionTask:
                 indices = range(start, min(start + EVALUATION_ROWS, len(self.held_out)))
                 moments = torch.stack([self.held_out.item(i) for i in indices]).float()
                 x0 = module.normalisation.apply(moments.chunk(2, dim=1)[0])
-                draws = [torch.randn(x0.shape[1:], generator=generator(0, "evaluation", level, i)) for i in indices]
+                generators = [keyed_generator(0, "evaluation", level, i) for i in indices]
+                draws = [torch.randn(x0.shape[1:], generator=g) for g in generators]
                 cond = self.held_out.text([self.held_out.items[i]["captions"][0] for i in indices])
-                t = torch.full((len(x0),), level / 100, dtype=torch.float64, device=device)
+                t = torch.full((len(x0),), level / 100, dtype=torch.float64)
                 loss = module.denoiser.loss(x0.to(device), torch.stack(draws).to(device), t, cond.to(device))
                 total += float(loss.sum())
             losses[f"loss_t{level / 100:.2f}"] = total / len(self.held_out)
@@ -268,7 +287,7 @@ class DiffusionTask:
         if folder.exists():
             shutil.rmtree(folder)
         self.cascade(module).save(folder)
-        write_json(folder / "base" / "training.json", facts)
+        write_json(folder / "training.json", facts)
 
 
 RunConfig = Annotated[AutoencoderRun | DiffusionRun, tagged()]
