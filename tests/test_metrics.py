@@ -12,7 +12,7 @@ from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 from pipelines.cascade import load_cascade
 from training.data import DataConfig, Reader
 from training.encode import encode
-from training.evaluate import choose_captions, prompt_agreement, wilson
+from training.evaluate import Agreement, choose_captions, prompt_agreement, wilson
 from training.metrics import psnr, ssim
 
 DATA = Path(__file__).parent / "data/emoji"
@@ -58,9 +58,9 @@ def test_training_pictures_agree_with_their_own_captions(tiny_folder: Path, tmp_
     assert len(captions) == 12
     for index, caption in captions.items():
         assert cache.items[index]["fields"]["style"] in caption
-    drawn, shape = prompt_agreement(cascade, cache, captions)
-    assert shape.shape == (12, 3, 64, 64)
-    assert drawn.count == 12
+    pairs, drawn = prompt_agreement(cascade, cache, captions)
+    assert drawn.shape == (12, 3, 64, 64)
+    assert [asked for asked, _ in pairs] == list(captions)
     known = [torch.from_numpy(e.pixels).permute(2, 0, 1).float() / 127.5 - 1 for e in reader]
 
     class Replay:
@@ -72,7 +72,7 @@ def test_training_pictures_agree_with_their_own_captions(tiny_folder: Path, tmp_
         def __call__(self, prompts: list[str], *_: object) -> torch.Tensor:
             return torch.stack([known[(i + self.shift) % len(known)] for i in captions])
 
-    right, _ = prompt_agreement(Replay(0), cache, captions)  # type: ignore[arg-type]
+    right = Agreement.of(cache, prompt_agreement(Replay(0), cache, captions)[0])  # type: ignore[arg-type]
     assert (right.style, right.concept, right.cluster) == (12, 12, 12)
-    wrong, _ = prompt_agreement(Replay(1), cache, captions)  # type: ignore[arg-type]
+    wrong = Agreement.of(cache, prompt_agreement(Replay(1), cache, captions)[0])  # type: ignore[arg-type]
     assert wrong.style == 0

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -34,6 +35,13 @@ class Agreement:
     concept: int
     cluster: int
 
+    @staticmethod
+    def of(cache: Cache, pairs: Sequence[tuple[int, int]]) -> Agreement:
+        """From pairs (item that was asked for, item that the picture looks like most)."""
+        fields = [(cache.items[asked]["fields"], cache.items[found]["fields"]) for asked, found in pairs]
+        hits = {name: sum(a[name] == b[name] for a, b in fields) for name in ("style", "concept", "cluster")}
+        return Agreement(len(pairs), **hits)
+
     def __str__(self) -> str:
         parts = []
         for name in ("style", "concept", "cluster"):
@@ -51,11 +59,11 @@ def wilson(hits: int, count: int, z: float = 1.96) -> tuple[float, float]:
 
 
 def prompt_agreement(cascade: Cascade, cache: Cache, captions: dict[int, str], seed: int = 0,
-                     guidance: float | None = None) -> tuple[Agreement, Tensor]:  # fmt: skip
+                     guidance: float | None = None) -> tuple[list[tuple[int, int]], Tensor]:  # fmt: skip
     """Draw one picture per caption and look up its nearest training picture in codec latents.
 
     cache: the training cache of latents; captions: item index in the cache -> its caption.
-    Returns the counts and the pictures (N, 3, H, W) in [-1, 1].
+    Returns pairs (item asked for, nearest item) and the pictures (N, 3, H, W) in [-1, 1].
     """
     normalisation = cascade.stages[-1].config.normalisation
     known = torch.cat([_latents(torch.stack([cache.item(i) for i in range(a, min(a + 512, len(cache)))]), normalisation)
@@ -69,12 +77,7 @@ def prompt_agreement(cascade: Cascade, cache: Cache, captions: dict[int, str], s
         for a in range(0, len(stored), ENCODE_ROWS)
     ])  # fmt: skip
     nearest = torch.cdist(drawn, known).argmin(1).tolist()
-    hits = {"style": 0, "concept": 0, "cluster": 0}
-    for asked, found in zip(indices, nearest, strict=True):
-        wanted, got = cache.items[asked]["fields"], cache.items[found]["fields"]
-        for name in hits:
-            hits[name] += wanted[name] == got[name]
-    return Agreement(len(indices), **hits), pictures
+    return list(zip(indices, nearest, strict=True)), pictures
 
 
 def _latents(moments: Tensor, normalisation: Normalisation) -> Tensor:
@@ -108,8 +111,10 @@ def main() -> None:
     cache = encode(reader, options.cache, cascade.codec)
     texts = {row.key: row.captions for row in reader.rows}
     captions = choose_captions(cache, {i: texts[item["key"]] for i, item in enumerate(cache.items)}, options.count)
-    agreement, pictures = prompt_agreement(cascade, cache, captions, guidance=options.guidance)
-    print(agreement)
+    pairs, pictures = prompt_agreement(cascade, cache, captions, guidance=options.guidance)
+    print("all:          ", Agreement.of(cache, pairs))
+    drawn = [pair for pair in pairs if not cache.items[pair[0]]["fields"]["flag"]]
+    print("without flags:", Agreement.of(cache, drawn))
     if options.grid:
         save_png(grid(list(to_uint8(pictures)), columns=10), options.grid)
 
