@@ -23,7 +23,7 @@ def doctor() -> list[str]:
     lines = [f"python        {platform.python_version()} on {platform.system()} {platform.machine()}"]
     for name in PACKAGES:
         lines.append(f"{name:<13} {_version(name)}")
-    lines.append(f"cpu           {os.cpu_count()} cores, {torch.get_num_threads()} threads; float32 only")
+    lines.append(f"cpu           {os.cpu_count()} cores, {torch.get_num_threads()} threads; float32")
     if torch.cuda.is_available():
         for index in range(torch.cuda.device_count()):
             half = "bf16 and fp16" if torch.cuda.is_bf16_supported() else "fp16"
