@@ -43,6 +43,24 @@ def test_command_parses(command: str) -> None:
         load(RunConfig, ROOT / config, parsed.params.get("overrides") or [])
 
 
+@pytest.mark.parametrize("command", [c for c in commands() if c.startswith("ldm generate") and "runs/" not in c])
+def test_generate_commands_run_on_the_shipped_model(
+    command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    app(shlex.split(command)[1:], standalone_mode=False)
+    assert (tmp_path / capsys.readouterr().out.splitlines()[-1]).is_file()
+
+
+def test_shipped_weights_keep_to_their_sizes() -> None:
+    folder = ROOT / "pipelines/weights/emoji"
+    assert sum(p.stat().st_size for p in folder.rglob("*")) <= 30_000_000
+    from pipelines.cascade import load_cascade
+
+    net = load_cascade(folder).stages[0].denoiser.net
+    assert sum(p.numel() for p in net.parameters()) <= 10_000_000
+
+
 def test_guides_name_only_files_that_exist() -> None:
     for guide in ("README.md", "CONTRIBUTING.md"):
         text = (ROOT / guide).read_text(encoding="utf-8")
