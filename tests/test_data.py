@@ -24,7 +24,6 @@ from training.data import (
     Reader,
     Row,
     check,
-    examples,
     fingerprint,
     read_image,
     rows,
@@ -618,7 +617,7 @@ def test_share_of_bad_samples(folder: Path) -> None:
     for index in (3, 8, 9, 11, 12, 13):
         (folder / f"{index:03}.png").write_bytes(_encode(_picture())[:200])
     _freeze(folder)
-    reader = examples(_config(folder, max_bad=0.3))
+    reader = Reader(_config(folder, max_bad=0.3))
     assert len(reader) == 20
     assert len(list(reader)) == 14
     assert (reader.report.seen, reader.report.kept, len(reader.report.bad)) == (20, 14, 6)

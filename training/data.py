@@ -22,7 +22,7 @@ from training.rows import DataConfig, Row, Scan, scan_folder, shown
 
 __all__ = [
     "BadImage", "DataConfig", "Example", "Reader", "Report", "Row",
-    "check", "examples", "fingerprint", "read_image", "rows", "square",
+    "check", "fingerprint", "read_image", "rows", "square",
 ]  # fmt: skip
 
 
@@ -92,11 +92,6 @@ class Reader:
         allowed = self.config.max_bad * total + 1e-9
         if len(report.bad) > allowed or (total and len(report.bad) == total):
             raise _too_many_bad(report, total, self.config)
-
-
-def examples(config: DataConfig, rows: Sequence[Row] | None = None) -> Reader:
-    """The good samples of a folder: iterate over it, then look at its `report`."""
-    return Reader(config, rows)
 
 
 def rows(config: DataConfig) -> list[Row]:
