@@ -1,9 +1,9 @@
-# Both targets do all the set-up on a fresh machine, once: a virtual environment in .venv and the packages.
+# Every target does all the set-up on a fresh machine, once: a virtual environment in .venv and the packages.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint
+.PHONY: demo test lint bench
 
 $(VENV)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -21,3 +21,7 @@ lint: $(VENV)/.installed
 
 test: lint
 	$(BIN)/python -m pytest
+
+# about six minutes; best on a machine that does nothing else
+bench: $(VENV)/.installed
+	$(BIN)/python -m training.bench

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -17,6 +17,8 @@ app = typer.Typer(
 )
 data_app = typer.Typer(help="Build or check a data set.", no_args_is_help=True)
 app.add_typer(data_app, name="data")
+ckpt_app = typer.Typer(help="Look at the checkpoints of a run.", no_args_is_help=True)
+app.add_typer(ckpt_app, name="ckpt")
 
 Config = Annotated[Path, typer.Argument(help="A YAML file, such as configs/emoji/base.yaml.")]
 Set = Annotated[
@@ -76,11 +78,20 @@ def data_check(
 
 
 @app.command()
-def encode(config: Config, overrides: Set = None) -> None:
-    """Write the cache that a training reads: latents or pixels, and text states."""
-    from training.run import encode
+def encode(
+    config: Config,
+    plan: Annotated[
+        bool, typer.Option("--plan", help="Measure on a few, say what it takes, and write nothing.")
+    ] = False,
+    overrides: Set = None,
+) -> None:
+    """Write the cache that a training reads: latents or pixels, and text states. Started again, it goes on."""
+    from training import run
 
-    cache = encode(config, overrides or [])
+    if plan:
+        typer.echo(run.plan(config, overrides or []))
+        return
+    cache = run.encode(config, overrides or [])
     typer.echo(f"{len(cache)} items, {len(cache.manifest['refused'])} refused")
     typer.echo(str(cache.folder))
 
@@ -89,12 +100,56 @@ def encode(config: Config, overrides: Set = None) -> None:
 def train(
     config: Config,
     run: Annotated[Path | None, typer.Option(help="Run folder; default runs/<folder>-<name> of the config.")] = None,
+    resume: Annotated[
+        Literal["auto", "must", "never"], typer.Option(help="must: never start anew; never: only start anew.")
+    ] = "auto",
+    init: Annotated[
+        Path | None, typer.Option(help="Start from these released weights (a codec or cascade folder).")
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check config, data and one step of everything; print the plan; stop.")
+    ] = False,
     overrides: Set = None,
 ) -> None:
     """Train a stage. The same command resumes a run that was interrupted."""
     from training.run import train
 
-    typer.echo(str(train(config, run, overrides or [])))
+    given = [*(overrides or []), *([f"init={init}"] if init else [])]
+    typer.echo(str(train(config, run, given, resume, dry_run)))
+
+
+@ckpt_app.command("ls")
+def ckpt_ls(run: Annotated[Path, typer.Argument(metavar="DIR", help="A run folder.")]) -> None:
+    """List the checkpoints of a run, oldest first, with their sizes."""
+    from training.checkpoint import folders, size_bytes
+
+    for folder in folders(run):
+        typer.echo(f"{folder.name}  {size_bytes(folder) / 1e6:.1f} MB")
+
+
+@ckpt_app.command("verify")
+def ckpt_verify(run: Annotated[Path, typer.Argument(metavar="DIR", help="A run folder.")]) -> None:
+    """Read every checkpoint of a run against its manifest; exit code 1 where one is not whole."""
+    from training.checkpoint import fault, folders
+
+    faults = {folder.name: fault(folder) for folder in folders(run)}
+    for name, reason in faults.items():
+        typer.echo(f"{name}  {reason or 'whole'}")
+    if any(faults.values()):
+        raise typer.Exit(1)
+
+
+@ckpt_app.command("average")
+def ckpt_average(
+    run: Annotated[Path, typer.Argument(metavar="DIR", help="A run folder with snapshots.")],
+    length: Annotated[float, typer.Option(help="Length sigma_rel of the average, such as 0.07.")],
+    out: Annotated[Path, typer.Option(help="A new folder for the weights.")],
+    images: Annotated[int | None, typer.Option(help="Of a snapshot; default the last.")] = None,
+) -> None:
+    """Make the average of another length after training, from the snapshots of a run."""
+    from training.run import average
+
+    typer.echo(str(average(run, length, out, images)))
 
 
 @app.command()

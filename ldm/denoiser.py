@@ -8,6 +8,7 @@ r = sqrt(alpha^2 + sigma^2) below broadcast against x.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
@@ -17,9 +18,13 @@ from torch import Tensor, nn
 
 from ldm.conditioning import Conditioning
 from ldm.config import Config
+from ldm.draws import keyed_generator
 from ldm.noise import NoiseSchedule, per_item
 
 Target = Literal["eps", "x0", "v", "flow"]
+
+_FEATURES = 128
+_LOG_SNR_BOUND = 20.0
 
 
 class Prediction(NamedTuple):
@@ -40,13 +45,14 @@ class DenoiserConfig(Config):
     target: eps (Ho et al. 2020), x0, v (Salimans & Ho 2022) or flow, u = eps - x0 (Lipman et al. 2023).
     input_scale: "unit" gives the network x_t / r, "none" x_t itself. clip_x0: bound on |x0|, for pixels.
     weighting: "simple" is the plain squared error of the target; "min_snr" weights the error of x0 by
-    min(SNR, min_snr_gamma) (Hang et al. 2023, sec. 3.4).
+    min(SNR, min_snr_gamma) (Hang et al. 2023, sec. 3.4); "learned" divides the squared error of the target by what
+    it is on average at that noise level, which is learned beside the network (`Uncertainty`).
     """
 
     target: Target = "v"
     input_scale: Literal["none", "unit"] = "none"
     clip_x0: float | None = None
-    weighting: Literal["simple", "min_snr"] = "simple"
+    weighting: Literal["simple", "min_snr", "learned"] = "simple"
     min_snr_gamma: float = 5.0
 
     def __post_init__(self) -> None:
@@ -89,8 +95,9 @@ def loss_weight(config: DenoiserConfig, alpha: Tensor, sigma: Tensor) -> Tensor:
 
     min_snr: min(SNR, gamma) times (error of x0 / error of the target)^2, which is 1/SNR for eps, 1 for x0,
     1/(SNR + 1) for v and sigma^2 / (alpha + sigma)^2 for flow; written so that it is finite at both ends.
+    simple, learned: 1.
     """
-    if config.weighting == "simple":
+    if config.weighting != "min_snr":
         return torch.ones_like(alpha)
     alpha2, bound = alpha**2, config.min_snr_gamma * sigma**2
     if config.target == "eps":
@@ -102,14 +109,46 @@ def loss_weight(config: DenoiserConfig, alpha: Tensor, sigma: Tensor) -> Tensor:
     return torch.minimum(alpha2, bound) / (alpha + sigma) ** 2
 
 
+class Uncertainty(nn.Module):
+    """u(log-SNR), the learned logarithm of the mean squared error at a noise level (Karras et al. 2024, eq. 14-15).
+
+    A linear map of fixed random Fourier features and a constant, 0 at the start. At each t the mean of
+    error / exp(u) + u is least at u = log(mean error), whatever the target, and there every noise level weighs the
+    same. The one parameter is a vector, which weight decay leaves alone as it does biases; the features are of unit
+    norm, so that its gradient does not crowd out the network's where both are clipped together.
+    """
+
+    frequencies: Tensor
+    phases: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        generator = keyed_generator("uncertainty")
+        self.register_buffer("frequencies", 2 * math.pi * torch.randn(_FEATURES, generator=generator))
+        self.register_buffer("phases", 2 * math.pi * torch.rand(_FEATURES, generator=generator))
+        self.weight = nn.Parameter(torch.zeros(_FEATURES + 1))
+
+    def forward(self, log_snr: Tensor) -> Tensor:
+        """(B,) -> (B,) float32; infinite log-SNR counts as 20 of its sign."""
+        log_snr = log_snr.to(self.weight).clamp(-_LOG_SNR_BOUND, _LOG_SNR_BOUND)
+        # EDM2's input log(sigma / alpha) / 4; products and sums stay in float32 under autocast, matmul would not
+        waves = torch.cos(-log_snr[:, None] / 8 * self.frequencies + self.phases) / math.sqrt(_FEATURES)
+        return (waves * self.weight[:-1]).sum(1) + self.weight[-1] / math.sqrt(2)
+
+
 class Denoiser(nn.Module):
-    """A diffusers `UNet2DConditionModel` (or one called like it) with its schedule and parameterisation."""
+    """A diffusers `UNet2DConditionModel` (or one called like it) with its schedule and parameterisation.
+
+    `uncertainty` is trained with the network where the weighting is "learned", and None otherwise; what it learns
+    is of no use to inference.
+    """
 
     def __init__(self, net: nn.Module, schedule: NoiseSchedule, config: DenoiserConfig) -> None:
         super().__init__()
         self.net = net
         self.schedule = schedule
         self.config = config
+        self.uncertainty = Uncertainty() if config.weighting == "learned" else None
 
     def forward(self, x_t: Tensor, t: Tensor, cond: Conditioning) -> Prediction:
         """x0 and eps for x_t; x0 is clipped if the config says so, and eps follows it."""
@@ -130,13 +169,22 @@ class Denoiser(nn.Module):
         return prediction._replace(x0=x0, eps=(x_t - alpha * x0) / sigma)
 
     def loss(self, x0: Tensor, eps: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
-        """Weighted mean squared error of the target per item, (B,), float32 (float64 for float64 data)."""
-        alpha_t, sigma_t = self.schedule.alpha_sigma(t)
-        alpha, sigma = per_item(alpha_t, x0), per_item(sigma_t, x0)
+        """What training minimises, per item: (B,), float32 (float64 for float64 data).
+
+        The weighted `error`; for the learned weighting error / exp(u) + u, which can be negative.
+        """
+        error = self.error(x0, eps, t, cond)
+        if self.uncertainty is not None:
+            u = self.uncertainty(self.schedule.log_snr(t))
+            return error * torch.exp(-u) + u
+        return loss_weight(self.config, *self.schedule.alpha_sigma(t)).to(error) * error
+
+    def error(self, x0: Tensor, eps: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
+        """Mean squared error of the target per item, whatever the weighting: (B,), dtype as `loss`."""
+        alpha, sigma = (per_item(c, x0) for c in self.schedule.alpha_sigma(t))
         out = self._run(self.schedule.add_noise(x0, eps, t), t, cond)
-        error = (out - to_target(self.config.target, x0, eps, alpha, sigma)) ** 2
-        weight = loss_weight(self.config, alpha_t, sigma_t).to(error)
-        return weight * error.flatten(1).mean(1)
+        difference = out - to_target(self.config.target, x0, eps, alpha, sigma)
+        return (difference**2).flatten(1).mean(1)
 
     def _run(self, x_t: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
         """The network's output for x_t, at least float32 whatever the precision of the network."""

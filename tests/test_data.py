@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import io
 import json
 import os
 import struct
+import time
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -235,6 +237,39 @@ def test_only_regular_files_are_opened(tmp_path: Path) -> None:
             read_image(path)
     with pytest.raises(BadImage, match=r"^cannot be read \(No such file or directory\)$"):
         read_image(tmp_path / "vanished.png")
+
+
+@pytest.mark.parametrize(
+    ("number", "failures", "pauses"),
+    [
+        (errno.EIO, 2, [0.1, 0.5]),
+        (errno.ESTALE, 1, [0.1]),
+        (errno.ENOENT, 9, [0.1, 0.5]),
+        (errno.EIO, 9, [0.1, 0.5]),
+        (errno.EACCES, 9, []),
+    ],
+)
+def test_errors_of_the_file_system_are_tried_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, failures: int, pauses: list[float]
+) -> None:
+    (tmp_path / "a.png").write_bytes(_encode(_picture()))
+    slept: list[float] = []
+    real, left = os.open, [failures]
+
+    def failing(path: Any, *args: Any) -> int:
+        if str(path).endswith("a.png") and left[0]:
+            left[0] -= 1
+            raise OSError(number, os.strerror(number))
+        return real(path, *args)
+
+    monkeypatch.setattr(os, "open", failing)
+    monkeypatch.setattr(time, "sleep", slept.append)
+    if failures < 3:
+        assert (read_image(tmp_path / "a.png")[0] == _picture()).all()
+    else:
+        with pytest.raises(BadImage, match=rf"^cannot be read \({os.strerror(number)}\)$"):
+            read_image(tmp_path / "a.png")
+    assert slept == pauses
 
 
 # ---- pictures that are converted
@@ -665,6 +700,30 @@ def test_rows_can_be_shared_out(folder: Path) -> None:
     ]
 
 
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "GIF"])
+@pytest.mark.parametrize(("height", "width", "size_px"), [(24, 24, 24), (25, 61, 12), (64, 40, 10), (33, 31, 24)])
+def test_reader_gives_what_read_image_and_square_give(
+    folder: Path, kind: str, height: int, width: int, size_px: int
+) -> None:
+    for i, mode in enumerate(("RGB", "RGBA", "L", "P", "LA")):
+        image = Image.fromarray(np.dstack([_picture(height, width), _picture(height, width, 1)[..., :1]])).convert(mode)
+        if kind == "PNG" or mode in ("RGB", "L"):
+            image.save(folder / f"{i}.png", kind)
+    background = (0, 100, 200)
+    config = _config(folder, size_px=size_px, background=background)
+    for row, example in zip(rows(config), Reader(config), strict=True):
+        crop, side = read_image(row.path, background=background)[0], min(height, width)
+        top, left = (height - side) // 2, (width - side) // 2
+        expected = Image.fromarray(crop[top : top + side, left : left + side])
+        if side % size_px:
+            expected = expected.resize((size_px, size_px), Image.Resampling.LANCZOS)
+        else:
+            expected = expected.reduce(side // size_px)
+        assert (example.pixels == np.asarray(expected)).all()
+        assert (example.pixels == square(crop, size_px)).all()
+        assert (Reader(config).read(row).pixels == example.pixels).all()
+
+
 def test_names_cannot_reach_the_terminal(folder: Path) -> None:
     os.write(handle := os.open(os.fsencode(folder) + b"/\xff\x1b[31m\n.png", os.O_CREAT | os.O_WRONLY), b"")
     os.close(handle)
@@ -713,6 +772,7 @@ def test_config_is_checked() -> None:
     for key, value in (
         ("path", ""), ("size_px", 0), ("background", [0, 0, 256]), ("max_pixels", 10**9),
         ("max_bad", 1.5), ("max_bad", float("nan")), ("limit", 0), ("missing_caption", "guess"),
+        ("workers", -1), ("workers", 257), ("read_timeout_s", 0),
     ):  # fmt: skip
         with pytest.raises(ConfigError):
             parse(DataConfig, {"path": "x", key: value}, "c")

@@ -8,12 +8,14 @@ from typing import get_args
 import pytest
 import torch
 from diffusers import DDPMScheduler, UNet2DConditionModel
+from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
 from diffusers.training_utils import compute_snr
 
 from ldm.conditioning import Conditioning
-from ldm.denoiser import Denoiser, DenoiserConfig, Target, from_output, loss_weight, to_target
+from ldm.denoiser import Denoiser, DenoiserConfig, Target, Uncertainty, from_output, loss_weight, to_target
 from ldm.guidance import ClassifierFreeGuidance
 from ldm.noise import NoiseSchedule, NoiseScheduleConfig
+from training.optim import OptimConfig, build_optimizer
 
 TARGETS: tuple[Target, ...] = get_args(Target)
 SCHEDULES = ("linear", "cosine", "flow")
@@ -134,7 +136,8 @@ def test_min_snr_weights_are_those_of_the_paper() -> None:
     for target, over in (("eps", snr), ("x0", torch.ones(1000)), ("v", snr + 1)):
         weight = loss_weight(DenoiserConfig(target=target, weighting="min_snr"), alpha, sigma)
         torch.testing.assert_close(weight, snr.clamp(max=5) / over, rtol=1e-4, atol=0)
-    assert (loss_weight(DenoiserConfig(target="v"), alpha, sigma) == 1).all()
+    for weighting in ("simple", "learned"):
+        assert (loss_weight(DenoiserConfig(weighting=weighting), alpha, sigma) == 1).all()
 
 
 @pytest.mark.parametrize("kind", TARGETS)
@@ -176,7 +179,27 @@ def test_loss_is_the_weighted_error_of_what_forward_returns(
     torch.testing.assert_close(rebuilt, x_t, rtol=0, atol=1e-10)
 
 
-@pytest.mark.parametrize("weighting", ["simple", "min_snr"])
+@pytest.mark.parametrize("weighting", ["simple", "min_snr", "learned"])
+@pytest.mark.parametrize("target", TARGETS)
+def test_error_is_that_of_the_target_whatever_the_weighting(
+    unet: UNet2DConditionModel, target: Target, weighting: str
+) -> None:
+    denoiser = make(unet, target=target, weighting=weighting)
+    x0, eps, cond = gaussian(3, 3, 8, 8, seed=1), gaussian(3, 3, 8, 8, seed=2), text(3, 3)
+    with torch.no_grad():
+        error = denoiser.error(x0, eps, T3, cond)
+        prediction = denoiser(denoiser.schedule.add_noise(x0, eps, T3), T3, cond)
+    alpha, sigma = (c.view(-1, 1, 1, 1) for c in denoiser.schedule.alpha_sigma(T3))
+    difference = {
+        "eps": prediction.eps - eps,
+        "x0": prediction.x0 - x0,
+        "v": alpha * (prediction.eps - eps) - sigma * (prediction.x0 - x0),
+        "flow": (prediction.eps - eps) - (prediction.x0 - x0),
+    }[target]
+    torch.testing.assert_close(error, difference.square().mean((1, 2, 3)), rtol=1e-7, atol=1e-12)
+
+
+@pytest.mark.parametrize("weighting", ["simple", "min_snr", "learned"])
 @pytest.mark.parametrize("target", TARGETS)
 def test_loss_is_float32_per_item_with_gradients(
     unet: UNet2DConditionModel, target: Target, weighting: str
@@ -188,9 +211,93 @@ def test_loss_is_float32_per_item_with_gradients(
     assert loss.shape == (3,)
     assert loss.dtype == torch.float32
     loss.mean().backward()
-    gradients = [p.grad for p in net.parameters()]
+    gradients = [p.grad for p in denoiser.parameters()]
     assert all(g is not None and g.isfinite().all() for g in gradients)
     assert sum(float(g.abs().sum()) for g in gradients) > 0
+
+
+class Proportional(torch.nn.Module):
+    """A network whose output is its input times `factor`."""
+
+    def __init__(self, factor: float) -> None:
+        super().__init__()
+        self.factor = torch.nn.Parameter(torch.tensor(factor), requires_grad=False)
+
+    def forward(self, x: torch.Tensor, *_: object, **__: object) -> UNet2DConditionOutput:
+        return UNet2DConditionOutput(sample=self.factor * x)
+
+
+@pytest.mark.parametrize("kind", ["cosine", "flow"])
+@pytest.mark.parametrize("target", TARGETS)
+def test_learned_weighting_learns_the_log_of_the_mean_error(target: Target, kind: str) -> None:
+    """x0 ~ N(0, 0.5^2) and a network that gives 0.7 x_t: the mean error of each target follows by arithmetic."""
+    denoiser = Denoiser(
+        Proportional(0.7),  # type: ignore[arg-type]
+        NoiseSchedule(NoiseScheduleConfig(kind=kind)),
+        DenoiserConfig(target=target, weighting="learned"),
+    )
+    assert denoiser.uncertainty is not None
+    optimizer = build_optimizer(OptimConfig(lr=0.02, weight_decay=1.0), denoiser.parameters())
+    generator = torch.Generator().manual_seed(0)
+    for step in range(600):
+        for group in optimizer.param_groups:
+            group["lr"] = 0.02 * (1 - step / 600)
+        t = denoiser.schedule.draw_t((torch.arange(256) + torch.rand(256, generator=generator)) / 256)
+        x0, eps = 0.5 * torch.randn(256, 8, generator=generator), torch.randn(256, 8, generator=generator)
+        denoiser.loss(x0, eps, t, Conditioning()).mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    t = torch.linspace(0.1, 0.9, 17, dtype=torch.float64)
+    alpha, sigma = denoiser.schedule.alpha_sigma(t)
+    # the target is a x0 + b eps
+    a, b = {"eps": (0 * t, 1 + 0 * t), "x0": (1 + 0 * t, 0 * t), "v": (-sigma, alpha), "flow": (-1 + 0 * t, 1 + 0 * t)}[
+        target
+    ]
+    r = torch.sqrt(alpha**2 + sigma**2) if target == "v" else 1
+    mean = 0.25 * (a / r - 0.7 * alpha) ** 2 + (b / r - 0.7 * sigma) ** 2
+    assert mean.max() > 1.5 * mean.min()
+    with torch.no_grad():
+        u = denoiser.uncertainty(denoiser.schedule.log_snr(t))
+    torch.testing.assert_close(u.double(), mean.log(), rtol=0, atol=0.12)
+
+
+def test_learned_weighting_begins_as_simple_and_gives_the_network_its_gradients(unet: UNet2DConditionModel) -> None:
+    x0, eps, cond = gaussian(3, 3, 8, 8, seed=1), gaussian(3, 3, 8, 8, seed=2), text(3, 3)
+    grads = []
+    for weighting in ("simple", "learned"):
+        unet.zero_grad()
+        loss = make(unet, weighting=weighting).loss(x0, eps, T3, cond)
+        loss.sum().backward()
+        grads += [loss.detach(), unet.conv_out.weight.grad.clone()]  # type: ignore[union-attr]
+    unet.zero_grad()
+    assert torch.equal(grads[0], grads[2])
+    assert torch.equal(grads[1], grads[3])
+
+
+def test_uncertainty_is_part_of_the_learned_weighting_only(unet: UNet2DConditionModel) -> None:
+    before = torch.random.get_rng_state()
+    denoiser = make(unet, weighting="learned")
+    assert torch.equal(torch.random.get_rng_state(), before)  # the network's weights do not depend on it
+    own = dict(denoiser.named_parameters()).keys() - {f"net.{n}" for n, _ in unet.named_parameters()}
+    assert own == {"uncertainty.weight"}
+    assert make(unet).uncertainty is None
+    assert set(make(unet).state_dict()) == {f"net.{n}" for n in unet.state_dict()}
+
+
+def test_uncertainty_is_finite_smooth_and_not_decayed() -> None:
+    uncertainty, other = Uncertainty(), Uncertainty()
+    assert all(torch.equal(a, b) for a, b in zip(uncertainty.buffers(), other.buffers(), strict=True))
+    ends = torch.tensor([-math.inf, -20.0, 20.0, math.inf], dtype=torch.float64)
+    torch.nn.init.ones_(uncertainty.weight)
+    at_ends = uncertainty(ends)
+    assert at_ends.isfinite().all()
+    assert at_ends[0] == at_ends[1]
+    assert at_ends[2] == at_ends[3]
+    u = uncertainty(torch.tensor([0.0, 3.0]))
+    norms = [torch.autograd.grad(value, uncertainty.weight, retain_graph=True)[0].norm() for value in u]
+    assert all(0.8 < float(norm) < 1.2 for norm in norms)
+    decays = [g["weight_decay"] for g in build_optimizer(OptimConfig(), uncertainty.parameters()).param_groups]
+    assert decays == [0.0]
 
 
 @pytest.mark.parametrize("scale", ["none", "unit"])

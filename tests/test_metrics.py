@@ -57,7 +57,7 @@ def test_training_pictures_agree_with_their_own_captions(tiny_folder: Path, tmp_
     captions = choose_captions(cache, {i: row.captions for i, row in enumerate(reader.rows)}, 12)
     assert len(captions) == 12
     for index, caption in captions.items():
-        assert cache.items[index]["fields"]["style"] in caption
+        assert cache.record(index)["fields"]["style"] in caption
     pairs, drawn = prompt_agreement(cascade, cache, captions)
     assert drawn.shape == (12, 3, 64, 64)
     assert [asked for asked, _ in pairs] == list(captions)

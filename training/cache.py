@@ -1,10 +1,13 @@
 """The cache of what never changes in training: its format, key, manifest and the one reader.
 
-    CACHE/<key>/manifest.json          format, key, counts, SHA-256 of every file, refused items; written last
-    CACHE/<key>/items.json             per item: key, fields, indices of its captions
-    CACHE/<key>/shard-00000.safetensors   `pixels` (n, S, S, 3) uint8, or `moments` (n, 2C, h, w) float16
-    CACHE/<key>/text.safetensors       `states` (tokens, D) float16 of every distinct caption, end to end, and
-                                       `offsets` (captions + 1,) int64; caption 0 is the empty one, the null
+    CACHE/<key>/shard-00000.safetensors  `pixels` (n, S, S, 3) uint8 or `moments` (n, 2C, h, w) float16 of block 0
+    CACHE/<key>/shard-00000.json         its items (key, captions, fields), refused samples, sums; written after them
+    CACHE/<key>/text-00000.safetensors   of CAPTION_BLOCK distinct captions: `states` (tokens, D) float16 end to end,
+                                         `offsets` (captions + 1,) int64; caption 0 is the empty one, the null
+    CACHE/<key>/text-00000.json          a digest of these captions; written after their states
+    CACHE/<key>/index.safetensors        `captions` int64 of all items, end to end; `first` (items + 1,) int64
+    CACHE/<key>/manifest.json            format, key, counts, size and SHA-256 of every file, refused; written last
+    CACHE/<key>/.lock                    held by the job that writes
 
 The key is a digest of what changes the bytes: data fingerprint, how pictures are read, codec, text encoder.
 """
@@ -13,7 +16,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+from bisect import bisect_right
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +33,12 @@ from ldm.conditioning import Conditioning
 from ldm.config import UserError
 from ldm.latents import Normalisation
 
-FORMAT = 1
-ITEMS, TEXT, MANIFEST = "items.json", "text.safetensors", "manifest.json"
+FORMAT = 2
+CAPTION_BLOCK = 4096
+HEADER_BYTES = 256
+MANIFEST, INDEX = "manifest.json", "index.safetensors"
+OPEN_FILES = 4096  # mapped at once; the kernel allows about 65,000
+OPEN_RECORDS = 4
 
 
 @dataclass(frozen=True)
@@ -49,59 +60,106 @@ class CacheKey:
         return Path(root) / self.digest[:16]
 
 
-def sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def shard_name(number: int) -> str:
+    """The stem of a block's files."""
+    return f"shard-{number:05d}"
+
+
+def text_name(number: int) -> str:
+    """The stem of the files of captions number * CAPTION_BLOCK and on."""
+    return f"text-{number:05d}"
+
+
+def save_rows(path: Path, name: str, parts: Iterable[Tensor]) -> None:
+    """A safetensors file of one tensor whose rows come in parts, so that a shard need not fit in memory.
+
+    The header comes first and needs the number of rows: its place is kept, and filled in last, padded with spaces
+    as the format allows.
+    """
+    dtypes = {torch.uint8: "U8", torch.float16: "F16"}
+    rows, shape, dtype = 0, [0], "U8"
+    with path.open("wb") as file:
+        file.write(bytes(HEADER_BYTES))
+        for part in parts:
+            file.write(part.numpy().data)
+            rows, shape, dtype = rows + len(part), list(part.shape[1:]), dtypes[part.dtype]
+        span = [0, file.tell() - HEADER_BYTES]
+        header = json.dumps({name: {"dtype": dtype, "shape": [rows, *shape], "data_offsets": span}}).encode()
+        header = header.ljust(HEADER_BYTES - 8)
+        file.seek(0)
+        file.write(len(header).to_bytes(8, "little") + header)
+
+
+def padded(states: Sequence[Tensor], length: int, uses_mask: bool) -> Conditioning:
+    """States (n, D) float16 of each caption's real tokens -> (B, length, D) float32 and the mask of real tokens."""
+    counts = torch.tensor([len(s) for s in states])
+    mask = torch.arange(length) < counts[:, None]
+    joined = torch.cat(list(states))
+    out = torch.zeros(len(states) * length, joined.shape[1])
+    out[mask.flatten().nonzero().squeeze(1)] = joined.float()
+    return Conditioning(out.view(len(states), length, -1), mask if uses_mask else None)
 
 
 class Cache:
-    """Reads a finished cache; tensors are memory-mapped. Raises UserError where it is incomplete or damaged."""
+    """Reads a finished cache, whose tensors are memory-mapped: opening it reads the manifest alone.
+
+    Raises UserError where it is incomplete or damaged.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         try:
             self.manifest: dict[str, Any] = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
             if self.manifest["format"] != FORMAT:
-                raise UserError(f"{folder}: cache format {self.manifest['format']}, this version reads {FORMAT}")
+                raise ValueError(f"its format is {self.manifest['format']}, this version reads {FORMAT}")
             for name, entry in self.manifest["files"].items():
-                path = folder / name
-                if path.stat().st_size != entry["bytes"]:
+                if (folder / name).stat().st_size != entry["bytes"]:
                     raise ValueError(f"{name} is damaged")
-            self.items: list[dict[str, Any]] = json.loads((folder / ITEMS).read_text(encoding="utf-8"))
-            shards = [load_file(folder / name) for name in self.manifest["shards"]]
-            text = load_file(folder / TEXT) if TEXT in self.manifest["files"] else {}
-            self._shards = [next(iter(shard.values())) for shard in shards]
-        except (OSError, ValueError, KeyError, StopIteration, SafetensorError) as error:
-            raise UserError(f"{folder}: not a whole cache ({error}); delete it and encode again") from None
-        self._starts = [0]
-        for shard in self._shards:
-            self._starts.append(self._starts[-1] + len(shard))
-        self._states, self._offsets = text.get("states"), text.get("offsets")
+            key = self.manifest["key"]
+            self.key = CacheKey(**{**key, "background": tuple(key["background"])})
+            self._starts = [0, *accumulate(self.manifest["shards"])]
+            index = load_file(folder / INDEX)
+            self._first, self._captions = index["first"], index["captions"]
+            if not len(self._first) - 1 == self._starts[-1] == self.manifest["count"]:
+                raise ValueError("its counts disagree")
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
+            raise self._unusable(error) from None
+        self._mapped = lru_cache(OPEN_FILES)(self._map)
+        self._records = lru_cache(OPEN_RECORDS)(self._load_records)
 
     def __len__(self) -> int:
-        return len(self.items)
+        return int(self.manifest["count"])
 
-    def item(self, index: int) -> Tensor:
-        """The stored tensor of one item: pixels (S, S, 3) uint8 or moments (2C, h, w) float16."""
-        shard = index * len(self._shards) // max(len(self), 1)
-        while index < self._starts[shard]:
-            shard -= 1
-        while index >= self._starts[shard + 1]:
-            shard += 1
-        return self._shards[shard][index - self._starts[shard]]
+    def stored(self, indices: Sequence[int]) -> Tensor:
+        """The stored tensors of items, stacked: pixels (B, S, S, 3) uint8 or moments (B, 2C, h, w) float16."""
+        name = "pixels" if self.key.codec is None else "moments"
+        found = []
+        for index in indices:
+            shard, place = self._place(index)
+            found.append(self._mapped(shard_name(shard))[name][place])
+        return torch.stack(found)
 
-    def text(self, captions: list[int]) -> Conditioning:
+    def captions(self, index: int) -> list[int]:
+        """Indices of an item's captions, at least one."""
+        return self._captions[int(self._first[index]) : int(self._first[index + 1])].tolist()
+
+    def record(self, index: int) -> dict[str, Any]:
+        """An item's `key`, `captions` (the strings) and `fields`."""
+        shard, place = self._place(index)
+        return self._records(shard)[place]
+
+    def text(self, captions: Sequence[int]) -> Conditioning:
         """Padded states and mask of cached captions, by caption index; length and mask as the encoder gave."""
-        if self._states is None or self._offsets is None:
+        facts = self.manifest["text"]
+        if facts is None:
             return Conditioning()
-        length, uses_mask = self.manifest["text"]["max_tokens"], self.manifest["text"]["uses_mask"]
-        states = torch.zeros(len(captions), length, self._states.shape[1])
-        mask = torch.zeros(len(captions), length, dtype=torch.bool)
-        for row, caption in enumerate(captions):
-            start, end = int(self._offsets[caption]), int(self._offsets[caption + 1])
-            states[row, : end - start] = self._states[start:end].float()
-            mask[row, : end - start] = True
-        return Conditioning(states, mask if uses_mask else None)
+        states = []
+        for caption in captions:
+            number, place = divmod(caption, CAPTION_BLOCK)
+            mapped = self._mapped(text_name(number))
+            start, end = mapped["offsets"][place : place + 2].tolist()
+            states.append(mapped["states"][start:end])
+        return padded(states, facts["max_tokens"], facts["uses_mask"])
 
     @property
     def null(self) -> Conditioning:
@@ -113,3 +171,26 @@ class Cache:
         """Per-channel statistics of the raw latents, measured when the cache was written."""
         found = self.manifest["normalisation"]
         return Normalisation(mean=tuple(found["mean"]), std=tuple(found["std"]))
+
+    def _place(self, index: int) -> tuple[int, int]:
+        """The shard of an item, and its row there."""
+        if not 0 <= index < len(self):
+            raise IndexError(f"item {index} of {len(self)}")
+        shard = bisect_right(self._starts, index) - 1
+        return shard, index - self._starts[shard]
+
+    def _map(self, stem: str) -> dict[str, Tensor]:
+        try:
+            return load_file(self.folder / f"{stem}.safetensors")
+        except (OSError, SafetensorError) as error:
+            raise self._unusable(error) from None
+
+    def _load_records(self, shard: int) -> list[dict[str, Any]]:
+        try:
+            found = json.loads((self.folder / f"{shard_name(shard)}.json").read_text(encoding="utf-8"))
+            return list(found["items"])
+        except (OSError, ValueError, KeyError) as error:
+            raise self._unusable(error) from None
+
+    def _unusable(self, error: Exception) -> UserError:
+        return UserError(f"{self.folder}: not a whole cache ({error}); delete it and encode again")

@@ -1,27 +1,25 @@
-"""Folders of pictures -> checked `Example(pixels, captions)`. Nothing of the user's is ever changed."""
+"""Data sets -> checked `Example(pixels, captions)`. Nothing of the user's is ever changed."""
 
 from __future__ import annotations
 
 import hashlib
-import json
-import os
 import shlex
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from PIL import Image
-
 from ldm.config import UserError
 from ldm.progress import progress
-from training.decode import BadImage, Pixels, read_image
-from training.rows import DataConfig, Row, Scan, scan_folder, shown
+from training.decode import BadImage, Pixels, read_image, square, try_square
+from training.rows import DataConfig, Row, shown
+from training.sources import Block, Collection, Pictures, digest_of, fingerprint, open_source
+from training.workers import DEATHS, Broken, Pool, Slow
 
 __all__ = [
-    "BadImage", "DataConfig", "Example", "Reader", "Report", "Row",
+    "BadImage", "Block", "DataConfig", "Example", "Reader", "Report", "Row",
     "check", "fingerprint", "read_image", "rows", "square",
 ]  # fmt: skip
 
@@ -53,103 +51,168 @@ class Report:
 
 
 class Reader:
-    """Iterates over the good samples of a folder; `report` is filled on the way and starts anew each time.
+    """The good samples of a data set, in blocks, one by one or all in order.
 
-    `rows` narrows it to some samples, as found by `rows(config)`. Raises UserError as soon as more than
-    `max_bad` of the samples are certainly bad and five can be shown, at the latest at the end; and if none
-    is good.
+    Iterating fills `report`, anew each time. `rows` narrows the set to some samples of a folder of pictures, as
+    found by `rows(config)`; `shard_items` is the number of samples in a block where the data has no blocks itself.
     """
 
-    def __init__(self, config: DataConfig, rows: Sequence[Row] | None = None) -> None:
-        scan = _usable(config) if rows is None else Scan(list(rows))
+    def __init__(self, config: DataConfig, rows: Sequence[Row] | None = None, shard_items: int = 4096) -> None:
         self.config = config
-        self.rows = scan.rows
         self.report = Report()
-        self._notes = scan.notes
+        self._collection = _usable(config, shard_items) if rows is None else Pictures(rows, shard_items, Counter())
+        read = partial(try_square, size_px=config.size_px, background=config.background, max_pixels=config.max_pixels)
+        self._read, self._pool = read, Pool(read, config.workers, config.read_timeout_s)
+
+    @cached_property
+    def blocks(self) -> list[Block]:
+        """The parts of the set, in order: each can be read apart from the others."""
+        return self._collection.blocks
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 of what a cache of this set depends on: names, sizes and captions, not the pictures' bytes."""
+        return digest_of([block.fingerprint for block in self.blocks])
+
+    @cached_property
+    def _names(self) -> set[str]:
+        return {block.name for block in self.blocks}
+
+    @cached_property
+    def total(self) -> int | None:
+        """The number of samples, bad ones included; None where only scanning all of it can tell."""
+        if isinstance(self._collection, Pictures):
+            return len(self._collection.rows)
+        counts = [block.count for block in self.blocks]
+        return None if None in counts else sum(count for count in counts if count is not None)
+
+    @cached_property
+    def rows(self) -> list[Row]:
+        """All samples, bad ones included: for tars, this scans every one."""
+        if isinstance(self._collection, Pictures):
+            return self._collection.rows
+        return [row for block in self.blocks for row in block.rows()]
 
     def __len__(self) -> int:
-        """The number of samples, bad ones included."""
-        return len(self.rows)
+        """The number of samples, bad ones included: for tars, this scans every one."""
+        return len(self.rows) if self.total is None else self.total
 
     def __iter__(self) -> Iterator[Example]:
+        """Raises UserError as soon as more than `max_bad` of the samples are certainly bad and five can be shown,
+        at the latest at the end; and if none is good."""
         report = self.report
-        report.seen, report.kept, report.bad, report.notes = 0, 0, [], Counter(self._notes)
-        for row in self.rows:
+        report.seen, report.kept, report.bad, report.notes = 0, 0, [], Counter(self._collection.notes)
+        for block in self.blocks:
+            yield from self.examples(block, report)
+        self.judge(report, final=True)
+
+    def examples(self, block: Block, report: Report) -> Iterator[Example]:
+        """The good samples of one of `blocks` in order; the others, and notes, are added to `report`.
+
+        `data.workers` processes read ahead. Raises UserError as `judge` does, when five bad ones can be shown,
+        and for a sample that no process survives reading.
+        """
+        scan = block.scan()
+        report.notes.update(scan.notes)
+        for row, found in zip(scan.rows, self._results(scan.rows), strict=True):
             report.seen += 1
-            try:
-                pixels = square(_pixels(row, self.config, report.notes), self.config.size_px)
-            except BadImage as error:
-                report.bad.append((row.key, str(error)))
-                if len(report.bad) >= 5:
-                    self._judge()
+            if isinstance(found, str):
+                report.bad.append((row.key, found))
+                if self.total is not None:
+                    self.judge(report, final=False)
                 continue
             report.kept += 1
-            yield Example(pixels, row.captions, row.key, row.fields)
-        self._judge()
+            report.notes.update(set(found[1]))
+            yield Example(found[0], row.captions, row.key, row.fields)
+        if block is self.blocks[0]:
+            self.judge(report, final=False)
 
-    def _judge(self) -> None:
-        report, total = self.report, len(self.rows)
-        allowed = self.config.max_bad * total + 1e-9
-        if len(report.bad) > allowed or (total and len(report.bad) == total):
-            raise _too_many_bad(report, total, self.config)
+    def read(self, row: Row) -> Example:
+        """One sample, read now, by this process. Raises BadImage."""
+        found = self._read(row.fault or self._collection.source(row))
+        if isinstance(found, str):
+            raise BadImage(found)
+        return Example(found[0], row.captions, row.key, row.fields)
+
+    def judge(self, report: Report, final: bool) -> None:
+        """Raise UserError if more than `max_bad` of the set, or all of it, is bad by this report.
+
+        Before the final judgement five bad samples are needed, and of a set whose size is not known all those
+        seen must be bad: judge that after a whole block.
+        """
+        bad, total = len(report.bad), self.total
+        if not final and (bad < 5 or (total is None and bad < report.seen)):
+            return
+        total = report.seen if total is None else total
+        if final and not total:
+            split = "" if self.config.split is None else f" of split {self.config.split!a}"
+            raise UserError(f"{shown(self.config.path)}: there is no sample{split}.")
+        # a damaged tar is one bad sample, but what it no longer gives is its share of all tars
+        parts = 0 if isinstance(self._collection, Pictures) else len(self.blocks)
+        damaged = sum(key in self._names for key, _ in report.bad) if parts else 0
+        share = self.config.max_bad
+        if bad > share * total + 1e-9 or damaged > share * parts + 1e-9 or (total and bad == total):
+            raise _too_many_bad(report, self.total, self.config)
+
+    def hold_out(self, stride: int) -> tuple[Reader, Reader]:
+        """Readers of the training items and of the held-out ones, which are every `stride`-th.
+
+        In a folder of pictures these are counted from the first; in tars and tables, within each block from
+        a place that depends on the block's number. Raises UserError for a set of fewer than two samples.
+        """
+        if self.total is not None and self.total < 2:
+            raise UserError(f"{self.config.path}: one sample is too few: one is held out of training")
+        kept, held = self._collection.hold_out(stride)
+        return self._of(kept), self._of(held)
+
+    def _of(self, collection: Collection) -> Reader:
+        made = Reader(self.config, ())
+        made._collection = collection
+        return made
+
+    def _results(self, rows: list[Row]) -> Iterator[tuple[Pixels, list[str]] | str]:
+        if not self.config.workers:
+            for row in rows:
+                yield self._read(row.fault or self._collection.source(row))
+            return
+        whole = [row for row in rows if not row.fault]
+        results = self._pool.map(map(self._collection.source, whole))
+        for row in rows:
+            try:
+                found = row.fault or next(results)
+            except Broken as error:
+                raise UserError(
+                    f"{shown(self.config.path)}: reading {shown(row.key)} ends its process, {DEATHS} times: {error}. "
+                    "SIGKILL is what a lack of memory looks like: lower data.workers. Else remove the file"
+                ) from None
+            yield f"reading took over {self.config.read_timeout_s:g} s" if isinstance(found, Slow) else found
 
 
 def rows(config: DataConfig) -> list[Row]:
-    """Scan the folder once, without decoding: metadata order, or sorted order below sorted folders.
+    """All samples, found without decoding: metadata order, or sorted order below sorted folders.
 
     Raises UserError, listing the accepted layouts, when there is no usable sample.
     """
-    return _usable(config).rows
-
-
-def square(pixels: Pixels, size_px: int) -> Pixels:
-    """Centre crop to a square, then down to (size_px, size_px, 3): area for whole factors, else Lanczos.
-
-    An odd surplus loses its extra line at the bottom or right. Raises BadImage if a side is under `size_px`.
-    """
-    height, width = pixels.shape[:2]
-    side = min(height, width)
-    if side < size_px:
-        raise BadImage(f"smaller than target ({width}x{height} < {size_px})")
-    top, left = (height - side) // 2, (width - side) // 2
-    crop = pixels[top : top + side, left : left + side]
-    image = Image.fromarray(crop)
-    if side % size_px:
-        return np.array(image.resize((size_px, size_px), Image.Resampling.LANCZOS))
-    return np.array(image.reduce(side // size_px))
-
-
-def fingerprint(rows: Sequence[Row]) -> str:
-    """SHA-256 over key, size in bytes and captions of each row, in order: what a cache of them depends on.
-
-    Contents are not hashed, which would read the whole set: an edit that keeps the size to the byte goes
-    unseen. Times of change do not count, so copies of a folder agree.
-    """
-    digest = hashlib.sha256()
-    for row in rows:
-        try:
-            size = os.stat(row.path).st_size
-        except (OSError, ValueError):
-            size = -1
-        digest.update(json.dumps([row.key, size, row.captions]).encode() + b"\n")
-    return digest.hexdigest()
+    return Reader(config).rows
 
 
 def check(path: str | Path, size_px: int | None = None) -> Report:
-    """Read every sample of a folder and report all that is wrong, changing nothing; `ldm data check DIR`.
+    """Read every sample of a data set and report all that is wrong, changing nothing; `ldm data check DIR`.
 
     Samples under `size_px` are bad when it is given; the shortest side is noted in any case. Identical
     pictures are counted, those in another split apart. Raises UserError when there is no sample at all.
     """
     config = DataConfig(path=str(path))
-    scan = scan_folder(config)
-    report = Report(notes=scan.notes)
+    collection = open_source(config, shard_items=4096)
+    report = Report(notes=collection.notes)
     smallest: tuple[int, str] | None = None
     split_of: dict[bytes, Any] = {}
-    for row in progress(scan.rows, "checking"):
+    counts = [block.count for block in collection.blocks]
+    total = None if None in counts else sum(count for count in counts if count is not None)
+    for row in progress(_scanned(collection, report), "checking", total):
         report.seen += 1
         try:
-            pixels = _pixels(row, config, report.notes)
+            pixels = _pixels(row, collection, config, report.notes)
             if size_px is not None:
                 square(pixels, size_px)
         except BadImage as error:
@@ -169,29 +232,37 @@ def check(path: str | Path, size_px: int | None = None) -> Report:
     return report
 
 
-def _pixels(row: Row, config: DataConfig, notes: Counter[str]) -> Pixels:
-    if row.fault:
-        raise BadImage(row.fault)
-    pixels, found = read_image(row.path, background=config.background, max_pixels=config.max_pixels)
+def _scanned(collection: Collection, report: Report) -> Iterator[Row]:
+    for block in collection.blocks:
+        scan = block.scan()
+        report.notes.update(scan.notes)
+        yield from scan.rows
+
+
+def _pixels(row: Row, collection: Collection, config: DataConfig, notes: Counter[str]) -> Pixels:
+    source = row.fault or collection.source(row)
+    if isinstance(source, str):
+        raise BadImage(source)
+    pixels, found = read_image(source, background=config.background, max_pixels=config.max_pixels)
     notes.update(set(found))
     return pixels
 
 
-def _too_many_bad(report: Report, total: int, config: DataConfig) -> UserError:
+def _too_many_bad(report: Report, total: int | None, config: DataConfig) -> UserError:
     first = "\n".join(f"  {shown(key)}: {reason}" for key, reason in report.bad[:5])
     place, bad = shown(config.path), len(report.bad)
-    share = "none is good" if bad == total else f"more than data.max_bad = {config.max_bad:g} allows"
-    count = f"{bad} of the first {report.seen} samples are bad ({total} in all)"
+    share = "none is good" if bad == (total or report.seen) else f"more than data.max_bad = {config.max_bad:g} allows"
+    in_all = "" if total is None else f" ({total} in all)"
     return UserError(
-        f"{place}: {count}; {share}:\n{first}\n"
+        f"{place}: {bad} of the first {report.seen} samples are bad{in_all}; {share}:\n{first}\n"
         f"`ldm data check {shlex.quote(place)}` lists all of them. "
         "Repair or remove them, or raise data.max_bad."
     )
 
 
-def _usable(config: DataConfig) -> Scan:
-    scan = scan_folder(config)
-    if all(row.fault for row in scan.rows):
-        bad = [(row.key, row.fault) for row in scan.rows]
+def _usable(config: DataConfig, shard_items: int) -> Collection:
+    collection = open_source(config, shard_items)
+    if isinstance(collection, Pictures) and all(row.fault for row in collection.rows):
+        bad = [(row.key, row.fault) for row in collection.rows]
         raise _too_many_bad(Report(seen=len(bad), bad=bad), len(bad), config)
-    return scan
+    return collection

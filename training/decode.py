@@ -9,17 +9,20 @@ import os
 import re
 import stat
 import threading
+import time
 import warnings
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 from PIL import ExifTags, Image, ImageCms, ImageFile, UnidentifiedImageError
 
 Pixels = npt.NDArray[np.uint8]  # (H, W, 3), sRGB
+T = TypeVar("T")
 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")
 MAX_PIXELS_LIMIT = 178_956_970  # Pillow itself refuses larger pictures
@@ -60,6 +63,9 @@ _TRANSPOSE = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+TRANSIENT = {errno.ENOENT, errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EAGAIN, errno.EREMOTEIO, errno.EHOSTDOWN}
+RETRY_PAUSES_S = (0.1, 0.5)
+TAR_HEADER = 512
 _warnings_lock = threading.Lock()
 
 
@@ -67,18 +73,71 @@ class BadImage(Exception):
     """A picture that cannot be used; the message is the reason, fit for a report."""
 
 
+class Source(NamedTuple):
+    """Where the bytes of a picture lie: all of `path`, or `size` bytes from `offset` of it, a member of a tar.
+
+    `header` is the CRC of the tar's header before it; `data` are the bytes themselves where they lie in no such file.
+    """
+
+    path: str
+    offset: int = 0
+    size: int | None = None
+    header: int = 0
+    data: bytes | None = None
+
+
 def read_image(
-    path: str | Path, *, background: tuple[int, int, int] = (255, 255, 255), max_pixels: int = 64_000_000
+    source: str | Path | Source, *, background: tuple[int, int, int] = (255, 255, 255), max_pixels: int = 64_000_000
 ) -> tuple[Pixels, list[str]]:
-    """Decode one file fully to sRGB, uint8 (H, W, 3), and say in short notes what had to be converted.
+    """Decode one picture fully to sRGB, uint8 (H, W, 3), and say in short notes what had to be converted.
 
     Upright (EXIF applied), transparency composited on `background`, profiles converted, 16-bit grey scaled,
     first frame of animations. The size is checked before any pixel is allocated. Raises BadImage for anything
-    else, whatever the decoder raised.
+    else, whatever the decoder raised. Input and output errors are tried again after RETRY_PAUSES_S.
 
     A damaged JPEG that still decodes cannot be told from a good one.
     """
-    data = _read(path, max_pixels)
+    image, notes = _decode(_read(source, max_pixels), background, max_pixels)
+    return np.array(image, dtype=np.uint8), notes
+
+
+def try_square(
+    source: Source | str, size_px: int, background: tuple[int, int, int], max_pixels: int
+) -> tuple[Pixels, list[str]] | str:
+    """`read_image`, then `square`: pixels and notes, or the reason why not; a str is one that is known already."""
+    if isinstance(source, str):
+        return source
+    try:
+        image, notes = _decode(_read(source, max_pixels), background, max_pixels)
+        return _square(image, size_px), notes
+    except BadImage as error:
+        return str(error)
+
+
+def square(pixels: Pixels, size_px: int) -> Pixels:
+    """Centre crop to a square, then down to (size_px, size_px, 3): area for whole factors, else Lanczos.
+
+    An odd surplus loses its extra line at the bottom or right. Raises BadImage if a side is under `size_px`.
+    """
+    return _square(Image.fromarray(pixels), size_px)
+
+
+def _square(image: Image.Image, size_px: int) -> Pixels:
+    width, height = image.size
+    side = min(height, width)
+    if side < size_px:
+        raise BadImage(f"smaller than target ({width}x{height} < {size_px})")
+    left, top = (width - side) // 2, (height - side) // 2
+    box = (left, top, left + side, top + side)
+    if side % size_px:
+        return np.array(image.crop(box).resize((size_px, size_px), Image.Resampling.LANCZOS))
+    return np.array(image.reduce(side // size_px, box))
+
+
+def _decode(data: bytes, background: tuple[int, int, int], max_pixels: int) -> tuple[Image.Image, list[str]]:
+    """The bytes of a file -> upright picture of mode RGB, and notes."""
+    if not data:
+        raise BadImage("empty")
     _check_whole(data)
     notes: list[str] = []
     try:
@@ -95,37 +154,65 @@ def read_image(
             rgb = _to_rgb(image, background, notes)
             if orientation in _TRANSPOSE:
                 rgb = rgb.transpose(_TRANSPOSE[orientation])
-            return np.array(rgb, dtype=np.uint8), notes
+            return rgb, notes
     except BadImage:
         raise
     except Exception as error:  # Pillow raises SyntaxError, RuntimeError, struct.error, ...
         raise BadImage(_reason(error, data, max_pixels)) from error
 
 
-def read_regular(path: str | Path, max_bytes: int) -> bytes:
-    """The bytes of a regular file. Raises OSError for anything else; never blocks on a pipe or device."""
+def read_regular(path: str | Path, max_bytes: int, offset: int = 0, size: int | None = None) -> bytes:
+    """The bytes of a regular file, or `size` of them from `offset`: fewer where it ends.
+
+    Raises OSError for anything else and for more than `max_bytes`; never blocks on a pipe or device.
+    """
     if not stat.S_ISREG(os.stat(path).st_mode):  # before open: opening a device can already act on it
         raise OSError(errno.EINVAL, "not a regular file")
     handle = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
-    with os.fdopen(handle, "rb") as file:
-        if not stat.S_ISREG(os.fstat(handle).st_mode):
+    with os.fdopen(handle, "rb", buffering=0) as file:
+        found = os.fstat(handle)
+        if not stat.S_ISREG(found.st_mode):
             raise OSError(errno.EINVAL, "not a regular file")
-        data = file.read(max_bytes + 1)
-    if len(data) > max_bytes:
-        raise OSError(errno.EFBIG, f"over {max_bytes} bytes")
-    return data
+        wanted = max(found.st_size - offset, 0) if size is None else size
+        if wanted > max_bytes:
+            raise OSError(errno.EFBIG, f"over {max_bytes} bytes")
+        file.seek(offset)
+        # no more than there is: a buffer of the limit would cost more than decoding
+        parts = [file.read(wanted)]
+        while parts[-1] and sum(map(len, parts)) < wanted:
+            parts.append(file.read(wanted - sum(map(len, parts))))
+    return b"".join(parts)
 
 
-def _read(path: str | Path, max_pixels: int) -> bytes:
+def _read(source: str | Path | Source, max_pixels: int) -> bytes:
+    place = source if isinstance(source, Source) else Source(str(source))
+    limit = 8 * max_pixels + 2**26  # 16-bit RGBA uncompressed, and 64 MiB around it
+    if place.data is not None:
+        if len(place.data) > limit:
+            raise BadImage(f"cannot be read (over {limit} bytes)")
+        return place.data
     try:
-        data = read_regular(path, 8 * max_pixels + 2**26)  # 16-bit RGBA uncompressed, and 64 MiB around it
-    except OSError as error:
-        raise BadImage(f"cannot be read ({error.strerror})") from None
-    except ValueError as error:
-        raise BadImage(f"cannot be read ({error})") from None
-    if not data:
-        raise BadImage("empty")
-    return data
+        size = place.size
+        if size is None:
+            return again(lambda: read_regular(place.path, limit))
+        data = again(lambda: read_regular(place.path, limit, place.offset - TAR_HEADER, TAR_HEADER + size))
+    except (OSError, ValueError) as error:
+        raise BadImage(f"cannot be read ({getattr(error, 'strerror', None) or error})") from None
+    if len(data) < TAR_HEADER + size or zlib.crc32(data[:TAR_HEADER]) != place.header:
+        raise BadImage("the tar has changed since it was scanned")
+    return data[TAR_HEADER:]
+
+
+def again(read: Callable[[], T]) -> T:
+    """What `read` returns. Errors that network file systems get over are tried again after RETRY_PAUSES_S."""
+    for pause in RETRY_PAUSES_S:
+        try:
+            return read()
+        except OSError as error:
+            if error.errno not in TRANSIENT:
+                raise
+            time.sleep(pause)
+    return read()
 
 
 def _check_whole(data: bytes) -> None:
@@ -180,7 +267,7 @@ def _to_rgb(image: Image.Image, background: tuple[int, int, int], notes: list[st
     if image.mode.startswith("I"):
         colour, alpha = _from_16_bit(image, notes)
     elif image.has_transparency_data:
-        rgba = image.convert("RGBA")
+        rgba = image if image.mode == "RGBA" else image.convert("RGBA")
         alpha = rgba.getchannel("A")
         colour = rgba.getchannel("R") if image.mode in ("1", "L", "LA", "La") else rgba.convert("RGB")
     elif image.mode in ("L", "RGB", "CMYK"):
@@ -189,11 +276,14 @@ def _to_rgb(image: Image.Image, background: tuple[int, int, int], notes: list[st
         colour = image.convert("L" if image.mode == "1" else "RGB")
     if image.info.get("icc_profile"):
         colour = _to_srgb(colour, image.info["icc_profile"], notes)
-    colour = colour.convert("RGB")
+    if colour.mode != "RGB":
+        colour = colour.convert("RGB")
     if alpha is None or alpha.getextrema() == (255, 255):
         return colour
     notes.append("transparency composited on the background")
-    return Image.composite(colour, Image.new("RGB", colour.size, background), alpha)
+    canvas = Image.new("RGB", colour.size, background)
+    canvas.paste(colour, mask=alpha)
+    return canvas
 
 
 def _from_16_bit(image: Image.Image, notes: list[str]) -> tuple[Image.Image, Image.Image | None]:

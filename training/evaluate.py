@@ -23,7 +23,8 @@ from pipelines.cascade import Cascade, load_cascade
 from pipelines.images import grid, save_png, to_uint8
 from training.cache import Cache
 from training.data import DataConfig, Reader
-from training.encode import ENCODE_ROWS, codec_moments, encode
+from training.encode import encode
+from training.encoders import ENCODE_ROWS, codec_moments
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,7 @@ class Agreement:
     @staticmethod
     def of(cache: Cache, pairs: Sequence[tuple[int, int]]) -> Agreement:
         """From pairs (item that was asked for, item that the picture looks like most)."""
-        fields = [(cache.items[asked]["fields"], cache.items[found]["fields"]) for asked, found in pairs]
+        fields = [(cache.record(asked)["fields"], cache.record(found)["fields"]) for asked, found in pairs]
         hits = {name: sum(a[name] == b[name] for a, b in fields) for name in ("style", "concept", "cluster")}
         return Agreement(len(pairs), **hits)
 
@@ -66,8 +67,9 @@ def prompt_agreement(cascade: Cascade, cache: Cache, captions: dict[int, str], s
     Returns pairs (item asked for, nearest item) and the pictures (N, 3, H, W) in [-1, 1].
     """
     normalisation = cascade.stages[-1].config.normalisation
-    known = torch.cat([_latents(torch.stack([cache.item(i) for i in range(a, min(a + 512, len(cache)))]), normalisation)
-                       for a in range(0, len(cache), 512)])  # fmt: skip
+    known = torch.cat([
+        _latents(cache.stored(range(a, min(a + 512, len(cache)))), normalisation) for a in range(0, len(cache), 512)
+    ])  # fmt: skip
     indices = list(captions)
     pictures = cascade([captions[i] for i in indices], [seed + k for k in range(len(indices))],
                        cascade.sampling(guidance=guidance))  # fmt: skip
@@ -89,7 +91,7 @@ def choose_captions(cache: Cache, texts: dict[int, tuple[str, ...]], count: int,
     chosen: dict[int, str] = {}
     draws = keyed_generator(seed, "evaluate")
     for index in torch.randperm(len(cache), generator=draws).tolist():
-        named = [c for c in texts[index] if cache.items[index]["fields"]["style"] in c]
+        named = [c for c in texts[index] if cache.record(index)["fields"]["style"] in c]
         if named and len(chosen) < count:
             chosen[index] = named[int(torch.randint(len(named), (), generator=draws))]
     return chosen
@@ -110,10 +112,10 @@ def main() -> None:
     reader = Reader(data)
     cache = encode(reader, options.cache, cascade.codec)
     texts = {row.key: row.captions for row in reader.rows}
-    captions = choose_captions(cache, {i: texts[item["key"]] for i, item in enumerate(cache.items)}, options.count)
+    captions = choose_captions(cache, {i: texts[cache.record(i)["key"]] for i in range(len(cache))}, options.count)
     pairs, pictures = prompt_agreement(cascade, cache, captions, guidance=options.guidance)
     print("all:          ", Agreement.of(cache, pairs))
-    drawn = [pair for pair in pairs if not cache.items[pair[0]]["fields"]["flag"]]
+    drawn = [pair for pair in pairs if not cache.record(pair[0])["fields"]["flag"]]
     print("without flags:", Agreement.of(cache, drawn))
     if options.grid:
         save_png(grid(list(to_uint8(pictures)), columns=10), options.grid)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ldm.draws import keyed_generator
 from training.cache import Cache
+from training.online import Online
 
 
 @lru_cache(maxsize=2)
@@ -23,7 +24,7 @@ def order(seed: int, epoch: int, count: int) -> Tensor:
 class Batch:
     """Items of one micro-batch. places: their places in the global batch of `global_size`, for stratified draws."""
 
-    cache: Cache
+    cache: Cache | Online
     indices: list[int]
     generators: list[torch.Generator]
     places: list[int]
@@ -34,7 +35,7 @@ class Batch:
 
     def stored(self) -> Tensor:
         """The cached tensors of the items, stacked."""
-        return torch.stack([self.cache.item(i) for i in self.indices])
+        return self.cache.stored(self.indices)
 
     def normal(self, shape: tuple[int, ...]) -> Tensor:
         """N(0, I) of (B, *shape), each row from its own item's generator."""
@@ -50,7 +51,7 @@ class Batch:
         return [int(torch.randint(limit, (), generator=g)) for limit, g in draws]
 
 
-def batches(cache: Cache, seed: int, start: int, size: int, global_size: int, stride: int = 1,
+def batches(cache: Cache | Online, seed: int, start: int, size: int, global_size: int, stride: int = 1,
             offset: int = 0) -> Iterator[Batch]:  # fmt: skip
     """Micro-batches of `size` from image `start` of the run on, endlessly.
 

@@ -6,7 +6,7 @@ import difflib
 import json
 import os
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path, PurePosixPath
@@ -23,8 +23,10 @@ LAYOUTS = f"""Accepted layouts:
   DIR/metadata.jsonl  one JSON object a line, such as {{"file_name": "a.png", "caption": "a cat"}}
                       ("text" is read too, and "captions": a list); "file_name" is relative to DIR
   DIR/**/NAME.png     captions in NAME.txt beside it: UTF-8, one a line
+  DIR/*.tar           WebDataset: NAME.png with NAME.txt or NAME.json, which has the keys of such a line
+  DIR/*.parquet, or a folder written by datasets' save_to_disk: an image column, and such a caption column
 Pictures: {" ".join(SUFFIXES)}"""
-_CONVERT = (".heic", ".heif", ".jxl", ".jp2", ".exr")
+CONVERT = (".heic", ".heif", ".jxl", ".jp2", ".exr")
 _LITTER = ("thumbs.db", "desktop.ini", "__macosx")
 
 
@@ -33,6 +35,8 @@ class DataConfig(Config):
     """A folder of pictures with captions, and what to do with the samples that are not fit.
 
     `max_bad` is the share of bad samples above which reading fails; `limit` keeps the first samples only.
+    `workers` processes read and decode, 0: this one does. With workers, a picture that takes over
+    `read_timeout_s` seconds, again and again, is bad; without, reading waits as long as the file system does.
     """
 
     path: str
@@ -43,6 +47,8 @@ class DataConfig(Config):
     max_bad: float = 0.01
     missing_caption: Literal["empty", "filename", "skip"] = "empty"
     limit: int | None = None
+    workers: int = 0
+    read_timeout_s: float = 60.0
 
     def __post_init__(self) -> None:
         if not self.path:
@@ -57,6 +63,10 @@ class DataConfig(Config):
             raise ValueError("max_bad must be a share from 0 to 1")
         if self.limit is not None and self.limit < 1:
             raise ValueError("limit must be at least 1, or null for all")
+        if not 0 <= self.workers <= 256:
+            raise ValueError("workers must be from 0 to 256 processes")
+        if self.read_timeout_s <= 0:
+            raise ValueError("read_timeout_s must be over 0 seconds")
 
 
 @dataclass(frozen=True)
@@ -64,6 +74,8 @@ class Row:
     """One sample as found. `key` is its path below the folder, posix; `fields` the rest of its metadata line.
 
     A sample already known to be bad carries the reason in `fault`, so that it is counted wherever it is read.
+    The picture is all of the file `path`; in a tar, `size` bytes from `offset`, after
+    a header of the CRC `header`; in a table, its row number `offset`.
     """
 
     path: Path
@@ -71,6 +83,9 @@ class Row:
     key: str
     fields: dict[str, Any] = field(default_factory=dict)
     fault: str = ""
+    offset: int = 0
+    size: int | None = None
+    header: int = 0
 
 
 @dataclass
@@ -128,12 +143,12 @@ def _files(root: Path, scan: Scan) -> dict[str, None]:
     return keys
 
 
-def _outside(root: Path, path: Path) -> bool:
+def leads_outside(root: Path, path: Path) -> bool:
     inside = os.path.join(os.path.realpath(root), "")
     return not os.path.realpath(path).startswith(inside)
 
 
-def _add(scan: Scan, config: DataConfig, row: Row, read: Callable[[], tuple[str, ...] | None]) -> None:
+def add_row(scan: Scan, config: DataConfig, row: Row, read: Callable[[], tuple[str, ...] | None]) -> None:
     """Append a row with the captions `read` gives: None if there are none, ValueError if they are bad."""
     try:
         captions = read()
@@ -157,15 +172,15 @@ def _scan_sidecars(root: Path, keys: dict[str, None], config: DataConfig, scan: 
         stem, suffix = os.path.splitext(key)
         suffix, row = suffix.lower(), Row(root / key, (), key)
         sidecar = root / f"{stem}.txt" if f"{stem}.txt" in keys else None
-        if suffix in _CONVERT:
+        if suffix in CONVERT:
             fault = f"{suffix} is not an accepted format; convert it to PNG or JPEG"
             scan.rows.append(replace(row, fault=fault))
         elif suffix in SUFFIXES:
             sidecars += sidecar is not None
-            if _outside(root, row.path) or (sidecar and _outside(root, sidecar)):
+            if leads_outside(root, row.path) or (sidecar and leads_outside(root, sidecar)):
                 scan.rows.append(replace(row, fault="a link that leads outside the folder"))
             else:
-                _add(scan, config, row, partial(_sidecar, sidecar))
+                add_row(scan, config, row, partial(_sidecar, sidecar))
         elif suffix != ".txt":
             scan.notes[f"ignored: {shown(suffix) or 'file without a suffix'}"] += 1
     if not sidecars:
@@ -189,14 +204,19 @@ def _sidecar(path: Path | None) -> tuple[str, ...] | None:
         data = read_regular(path, MAX_CAPTION_BYTES)
     except OSError as error:
         raise ValueError(f"{path.name!a}: {error.strerror}") from None
+    return caption_lines(path.name, data)
+
+
+def caption_lines(name: str, data: bytes) -> tuple[str, ...]:
+    """The captions of a text file, one a line. Raises ValueError where it is no UTF-8 text."""
     if data.startswith((b"\xff\xfe", b"\xfe\xff")):
-        raise ValueError(f"{path.name!a} is UTF-16, not UTF-8")
+        raise ValueError(f"{name!a} is UTF-16, not UTF-8")
     if b"\0" in data:
-        raise ValueError(f"{path.name!a} is binary, not text")
+        raise ValueError(f"{name!a} is binary, not text")
     try:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError:
-        raise ValueError(f"{path.name!a} is not UTF-8") from None
+        raise ValueError(f"{name!a} is not UTF-8") from None
     lines = (line.strip() for line in text.replace("\r", "\n").split("\n"))
     return tuple(line for line in lines if line) or ("",)
 
@@ -220,7 +240,7 @@ def _scan_metadata(root: Path, keys: dict[str, None], config: DataConfig, scan: 
             where = " ".join(filter(None, (f"metadata.jsonl:{number}", key)))
             scan.rows.append(Row(root / (key or "metadata.jsonl"), (), where, fields, fault))
         else:
-            _add(scan, config, Row(root / key, (), key, fields), partial(_captions, entry))
+            add_row(scan, config, Row(root / key, (), key, fields), partial(captions_of, entry))
     unnamed = sum(key not in named and key.lower().endswith(SUFFIXES) for key in keys)
     if unnamed:
         scan.notes["picture without a line in metadata.jsonl"] += unnamed
@@ -236,13 +256,13 @@ def _read_lines(path: Path) -> list[tuple[int, dict[str, Any], str]]:
     for number, line in enumerate(data.removeprefix(b"\xef\xbb\xbf").split(b"\n"), 1):
         if line.strip():
             try:
-                found.append((number, _entry(line), ""))
+                found.append((number, read_entry(line), ""))
             except ValueError as error:
                 found.append((number, {}, str(error)))
     return found
 
 
-def _entry(line: bytes) -> dict[str, Any]:
+def read_entry(line: bytes) -> dict[str, Any]:
     def refuse(name: str) -> None:
         raise ValueError(f"{name} is not JSON")
 
@@ -267,7 +287,13 @@ def _check_columns(root: Path, entries: list[dict[str, Any]]) -> None:
         close = difflib.get_close_matches("file_name", columns, 1, 0.5)
         hint = f"; did you mean it by {shown(close[0])}?" if close else "."
         raise UserError(f"{place}; `file_name` is missing{hint}\n{LAYOUTS}")
-    if entries and not set(columns) & set(CAPTION_FIELDS):
+    if entries:
+        check_captions(place, columns)
+
+
+def check_captions(place: str, columns: Sequence[str]) -> None:
+    """Raise UserError when captions seem to lie under another name."""
+    if not set(columns) & set(CAPTION_FIELDS):
         likely = (*CAPTION_FIELDS, "prompt", "description")
         close = [name for name in columns if difflib.get_close_matches(name.lower(), likely, 1, 0.75)]
         if close:
@@ -300,12 +326,12 @@ def _fault(root: Path, key: str | None, keys: dict[str, None], entry: dict[str, 
             parts = PurePosixPath(key).parts
             near = [k for k in ("/".join(parts[1:]), f"{entry.get('split')}/{key}") if k in keys]
             return f"no such file; did you mean {near[0]!a}?" if near else "no such file"
-        return "leads outside the folder" if _outside(root, root / key) else ""
+        return "leads outside the folder" if leads_outside(root, root / key) else ""
     except (OSError, ValueError) as error:
         return f"file_name cannot be used ({type(error).__name__})"
 
 
-def _captions(entry: dict[str, Any]) -> tuple[str, ...] | None:
+def captions_of(entry: dict[str, Any]) -> tuple[str, ...] | None:
     for name in CAPTION_FIELDS:
         value = entry.get(name)
         if value is None or value == []:

@@ -1,65 +1,151 @@
 """`ldm train` and `ldm encode`: from a config file to a run folder.
 
-    runs/NAME/{config.yaml, environment.json, cache.json, metrics.jsonl, samples/, checkpoints/, final/}
+    runs/NAME/{config.yaml, environment.json, cache.json, chosen.json, metrics.jsonl, samples/, checkpoints/, final/}
 """
 
 from __future__ import annotations
 
-import importlib.metadata
-import os
-import platform
-from collections.abc import Sequence
+import hashlib
+import json
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
-
-import torch
+from typing import Any, get_args
 
 from ldm.config import UserError, load, to_dict, to_yaml
 from ldm.weights import read_json, write_json
-from training import loop
+from training import checkpoint, loop
 from training.cache import Cache
-from training.tasks import RunConfig, build_task
+from training.encode import plan as encode_plan
+from training.engine import LoopConfig, Resume, check_precision
+from training.environment import environment, prepare_process
+from training.files import lock, sweep
+from training.log import check_trackers
+from training.plan import Plan
+from training.posthoc import combine
+from training.processes import check_world, process_state, together
+from training.stop import Stop
+from training.tasks import AutoencoderRun, DiffusionRun, RunConfig, build_task, load_parts
 
-# Changing these between two legs of a run changes no weight but through its length.
-_FREE = ("loop.images", "loop.log_every_images", "loop.preview_every_images", "loop.save_every_images",
-         "loop.keep_checkpoints", "cache")  # fmt: skip
+# Changing these between two legs of a run changes no weight but through its length, or by the order of sums.
+_FREE = ("loop.images", "loop.accumulation", "loop.processes", "loop.process_timeout_s", "loop.sharding",
+         "loop.log_every_images", "loop.preview_every_images", "loop.save_every_images", "loop.keep_checkpoints",
+         "loop.trackers", "loop.activation_checkpointing", "data.workers", "data.read_timeout_s", "cache")  # fmt: skip
+DRY_ROWS = 64
 
 
-def train(config_path: str | Path, run: str | Path | None = None, overrides: Sequence[str] = ()) -> Path:
+def train(config_path: str | Path, run: str | Path | None = None, overrides: Sequence[str] = (),
+          resume: Resume = "auto", dry_run: bool = False) -> Path:  # fmt: skip
     """Train a stage as its config says; the same call resumes. Returns RUN/final.
 
-    run: the run folder; None is runs/<config's folder>-<config's name>.
-    Raises UserError for a config or data that cannot be used, or a run folder of another config.
+    run: the run folder; None is runs/<config's folder>-<config's name>. resume: `must` refuses to start anew, `never`
+    to go on. dry_run: check config, data and one step of everything in a temporary folder, print the plan and stop.
+    Raises UserError for a config or data that cannot be used, or a run folder of another config; Interrupted after a
+    signal. Called by every process of a launch.
     """
+    if resume not in get_args(Resume):
+        raise UserError(f"--resume is one of {', '.join(get_args(Resume))}, not {resume}")
     config_path = Path(config_path)
     config = load(RunConfig, config_path, overrides)
-    # denormal numbers slow a CPU step tenfold where gradients vanish
-    torch.set_flush_denormal(True)
     folder = Path(run) if run else Path("runs") / f"{config_path.resolve().parent.name}-{config_path.stem}"
-    state = loop.process_state()
-    loop.check_precision(config.loop, state.device)
-    with state.main_process_first():
-        _check(folder, config)
-    task = build_task(config)
-    environment = _environment(config)
-    key = task.cache.manifest["key"]
-    with state.main_process_first():
-        if (folder / "cache.json").is_file() and read_json(folder / "cache.json") != key:
-            raise UserError(
-                f"{folder}: was trained on other data, codec or text encoder than the config's paths now hold (see its "
-                "cache.json). Name another folder with --run"
-            )
-        if state.is_main_process:
-            (folder / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
-            write_json(folder / "environment.json", environment)
-            write_json(folder / "cache.json", key)
-    facts = {"config": to_dict(config), "cache": key, **environment}
-    return loop.train(task, config.loop, config.optim, config.seed, folder, facts)
+    with _prepared(config.loop) as stop:
+        if dry_run:
+            return _rehearse(config, folder, stop)
+        return _train(config, folder, resume, stop)
 
 
 def encode(config_path: str | Path, overrides: Sequence[str] = ()) -> Cache:
-    """Write the caches that a training of this config reads, or find them; returns the training cache."""
-    return build_task(load(RunConfig, config_path, overrides)).cache
+    """Write the caches that a training of this config reads, or find them; returns the training cache.
+
+    Called by every process of a launch: each writes its share. Started again after whatever end, it goes on.
+    """
+    config = load(RunConfig, config_path, overrides)
+    with _prepared(config.loop):
+        cache = build_task(replace(config, encode="cached")).cache
+    assert isinstance(cache, Cache)
+    return cache
+
+
+def plan(config_path: str | Path, overrides: Sequence[str] = ()) -> str:
+    """What encoding would take, here and for a billion pictures, measured on a few; writes nothing."""
+    config = load(RunConfig, config_path, overrides)
+    with _prepared(config.loop):
+        readers, codec, text = load_parts(config)
+        return encode_plan(readers[0], codec, text)
+
+
+def average(run: Path, length: float, out: Path, images: int | None = None) -> Path:
+    """Write the average of sigma_rel `length` after `images` images, from a run's snapshots, as `ldm train` would
+    write RUN/final; returns `out`. Raises UserError where the snapshots do not give it or `out` exists."""
+    if out.exists():
+        raise UserError(f"{out}: exists; name a new folder with --out")
+    weights = combine(run, length, images)
+    config = load(RunConfig, run / "config.yaml")
+    with _prepared(config.loop):
+        task = build_task(config)
+        task.module.load_state_dict(weights)
+        facts = {"config": to_dict(config), "average": {"sigma_rel": length, "images": images}, **environment()}
+        task.export(task.module.eval(), out, {**facts, "measures": task.evaluate(task.module)})
+    return out
+
+
+@contextmanager
+def _prepared(config: LoopConfig) -> Iterator[Stop]:
+    """The process as training wants it; a signal leaves at once until the loop holds state."""
+    prepare_process()
+    with Stop() as stop, together(), stop.at_once():
+        state = process_state(config.process_timeout_s)
+        check_world(config.processes)
+        check_precision(config, state.device)
+        check_trackers(config.trackers)
+        yield stop
+
+
+def _train(config: AutoencoderRun | DiffusionRun, folder: Path, resume: Resume, stop: Stop,
+           until: int | None = None) -> Path:  # fmt: skip
+    state, now = process_state(), environment()
+    with ExitStack() as held:
+        with state.main_process_first():
+            _check(folder, config)
+            if state.is_main_process:
+                held.enter_context(lock(folder / ".lock"))
+                sweep(folder)
+        task = build_task(config)
+        key = task.cache.manifest["key"]
+        with state.main_process_first():
+            _check_record(folder, key, now)
+            if state.is_main_process:
+                (folder / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
+                write_json(folder / "environment.json", now)
+                write_json(folder / "cache.json", key)
+        plain = to_dict(config)
+        digest = hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()
+        facts = {"config": plain, "config_digest": digest, "cache": key, **now}
+        return loop.train(task, config.loop, config.optim, config.ema, config.seed, folder, facts, stop, resume, until)
+
+
+def _rehearse(config: AutoencoderRun | DiffusionRun, folder: Path, stop: Stop) -> Path:
+    """Two steps with all that goes with them, the second after a resume, in a folder that goes away."""
+    if process_state().num_processes > 1:
+        raise UserError("--dry-run checks one process; start it without a launcher")
+    batch = config.loop.batch
+    with tempfile.TemporaryDirectory(prefix="ldm-dry-run-") as temporary:
+        run = Path(temporary) / "run"
+        limit = min(config.data.limit or DRY_ROWS, DRY_ROWS)
+        small = replace(
+            config, cache=str(Path(temporary) / "cache"), data=replace(config.data, limit=limit),
+            loop=replace(config.loop, trackers=(), save_every_images=batch, preview_every_images=batch),
+        )  # fmt: skip
+        _train(small, run, "never", stop, until=batch)
+        _train(small, run, "must", stop, until=2 * batch)
+        assert checkpoint.newest(run) is not None
+        chosen = Plan(**read_json(run / "chosen.json"))
+        averages = 1 + len(config.ema.powers)
+    print(f"dry run: config, {limit} items of the data, two steps, report, save, resume and export worked; "
+          f"nothing was written to {folder}\n{chosen.text(config.loop, averages, folder)}", flush=True)  # fmt: skip
+    return folder
 
 
 def _flat(data: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -82,8 +168,11 @@ def _check(folder: Path, config: Any) -> None:
         changed = [k for k in sorted(old.keys() | new.keys()) if old.get(k) != new.get(k) and k not in _FREE]
         if changed:
             shown = "\n".join(f"  {k}: {old.get(k)} there, {new.get(k)} now" for k in changed)
-            raise UserError(f"{folder}: holds a run of another config:\n{shown}\nName another folder with --run")
-    elif folder.exists() and any(folder.iterdir()):
+            raise UserError(
+                f"{folder}: holds a run of another config:\n{shown}\nName another folder with --run; "
+                "--init takes over the weights of a finished one"
+            )
+    elif folder.exists() and any(path.name != ".lock" for path in folder.iterdir()):
         raise UserError(f"{folder}: exists and is not a run folder; nothing was changed. Name another with --run")
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -91,12 +180,15 @@ def _check(folder: Path, config: Any) -> None:
         raise UserError(f"{folder}: cannot be written ({error.strerror}); name another with --run") from None
 
 
-def _environment(config: Any) -> dict[str, Any]:
-    packages = ("torch", "diffusers", "transformers", "accelerate", "numpy")
-    return {
-        "packages": {name: importlib.metadata.version(name) for name in packages},
-        "python": platform.python_version(),
-        "threads": torch.get_num_threads(),
-        "cores": os.cpu_count(),
-        "memory_format": "channels_last" if config.loop.channels_last else "contiguous",
-    }
+def _check_record(folder: Path, key: dict[str, Any], now: dict[str, Any]) -> None:
+    """Refuse other data than the run began with; say where equal bits can no longer be expected."""
+    if (folder / "cache.json").is_file() and read_json(folder / "cache.json") != key:
+        raise UserError(
+            f"{folder}: was trained on other data, codec or text encoder than the config's paths now hold (see its "
+            "cache.json). Name another folder with --run"
+        )
+    if (folder / "environment.json").is_file():
+        old, new = _flat(read_json(folder / "environment.json")), _flat(now)
+        changed = [f"{k} {old.get(k)} -> {new[k]}" for k in new if old.get(k) != new[k]]
+        if changed and process_state().is_main_process:
+            print(f"not bit for bit as in one go from here on: {', '.join(changed)}", flush=True)

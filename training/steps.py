@@ -53,7 +53,7 @@ class ReconstructionConfig(Config):
 def training_squares(batch: Batch, config: ReconstructionConfig) -> Tensor:
     """Pixels (B, 3, crop_px, crop_px) in [-1, 1]: per item a whole picture by area, or a crop, maybe mirrored."""
     whole, mirror = batch.uniform(), batch.uniform()
-    stored = [batch.cache.item(i) for i in batch.indices]  # (S, S, 3) uint8
+    stored = list(batch.stored())  # (S, S, 3) uint8
     room = [p.shape[0] - config.crop_px for p in stored]
     tops, lefts = batch.integers([r + 1 for r in room]), batch.integers([r + 1 for r in room])
     squares = []
@@ -92,7 +92,7 @@ class DiffusionInputs(NamedTuple):
 def diffusion_inputs(batch: Batch, denoiser: Denoiser, normalisation: Normalisation, null: Conditioning,
                      dropout: float) -> DiffusionInputs:  # fmt: skip
     """Draw caption, posterior sample, noise, stratified t and text dropout of each item."""
-    captions = [batch.cache.items[i]["captions"] for i in batch.indices]
+    captions = [batch.cache.captions(i) for i in batch.indices]
     chosen = batch.integers([len(c) for c in captions])
     moments = batch.stored().float()
     shape = (moments.shape[1] // 2, *moments.shape[2:])

@@ -1,0 +1,272 @@
+"""The live parts of a run on this process: module, averages, optimizers; started, gathered, saved and restored."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, Protocol, cast
+
+import torch
+from accelerate import Accelerator, DistributedDataParallelKwargs
+from accelerate.utils import broadcast
+from diffusers.models.modeling_utils import ModelMixin
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+
+from ldm.config import Config, UserError
+from training import checkpoint
+from training.cache import Cache
+from training.checkpoint import Snapshot
+from training.ema import Ema, EmaConfig
+from training.loader import Batch, batches
+from training.log import TrackerName
+from training.online import Online
+from training.optim import OptimConfig, build_optimizer
+from training.plan import Plan, choose_format
+from training.processes import process_state
+from training.shard import (
+    Sharding,
+    blocks,
+    fill_optimizer,
+    fill_weights,
+    gather_optimizer,
+    gather_weights,
+    mesh,
+    shard,
+)
+
+Resume = Literal["auto", "must", "never"]
+
+
+@dataclass(frozen=True)
+class LoopConfig(Config):
+    """How long a run is, how often it reports, and on what it runs; all progress is counted in images.
+
+    batch is the global batch of one optimizer step, over all processes and `accumulation` micro-batches. processes:
+    the number the launch must have, null for any. sharding: `full` shares parameters, averages and optimizer over
+    all processes, `hybrid` over those of each machine. memory_format `auto` measures both layouts once. compile:
+    the repeated blocks, by torch.compile. process_timeout_s: how long processes wait for one another.
+    """
+
+    images: int
+    batch: int = 32
+    accumulation: int = 1
+    processes: int | None = None
+    sharding: Sharding = "none"
+    log_every_images: int = 1_000
+    preview_every_images: int = 20_000
+    save_every_images: int = 20_000
+    keep_checkpoints: int = 2
+    mixed_precision: Literal["no", "fp16", "bf16"] = "no"
+    memory_format: Literal["auto", "contiguous", "channels_last"] = "auto"
+    compile: bool = False
+    activation_checkpointing: bool = False
+    trackers: tuple[TrackerName, ...] = ("tensorboard",)
+    process_timeout_s: int = 1800
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.batch <= 1_000_000 or self.accumulation < 1 or self.batch % self.accumulation:
+            raise ValueError(
+                f"batch {self.batch} must be from 1 to 1000000 and a multiple of accumulation {self.accumulation}"
+            )
+        if self.images < self.batch:
+            raise ValueError(f"images {self.images} is less than one batch of {self.batch}")
+        for name in ("log_every_images", "preview_every_images", "save_every_images", "process_timeout_s"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1")
+        if self.processes is not None and self.processes < 1:
+            raise ValueError("processes must be at least 1, or null for any number")
+        if self.save_every_images > self.images:
+            raise ValueError(
+                f"save_every_images {self.save_every_images} is beyond the end of the run at {self.images} images; "
+                f"the run would save only at its end: say save_every_images: {self.images} for that"
+            )
+        if self.keep_checkpoints < 1:
+            raise ValueError("keep_checkpoints must be at least 1: a run without a checkpoint cannot resume")
+        if self.sharding != "none" and self.mixed_precision == "fp16":
+            raise ValueError("sharding works in bf16 or without mixed precision, not in fp16")
+
+
+class Task(Protocol):
+    """What the loop trains. `module(batch)` is a StepResult."""
+
+    @property
+    def module(self) -> nn.Module:
+        """Called with a batch in training."""
+
+    @property
+    def cache(self) -> Cache | Online:
+        """The items trained on."""
+
+    def preview(self, module: nn.Module, path: Path) -> None:
+        """Write a preview picture made with these weights."""
+
+    def evaluate(self, module: nn.Module) -> dict[str, float]:
+        """Held-out measures of these weights."""
+
+    def export(self, module: nn.Module, folder: Path, facts: dict[str, Any]) -> None:
+        """Write these weights as a folder that inference loads, whole or not at all; one that is there goes."""
+
+
+def cpu_has_bf16() -> bool:
+    """Whether this CPU computes in bfloat16 (AVX512-BF16 or AMX)."""
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+
+
+def check_precision(config: LoopConfig, device: torch.device) -> None:
+    """Refuse half precision where it is tens of times slower than single, or does not exist."""
+    if config.mixed_precision == "no":
+        return
+    if device.type == "cpu" and not (config.mixed_precision == "bf16" and cpu_has_bf16()):
+        raise UserError(
+            f"loop.mixed_precision: {config.mixed_precision} is refused on this CPU: it has no instructions for it, "
+            "and convolutions run tens of times slower than in float32. Set loop.mixed_precision=no"
+        )
+    if config.mixed_precision == "bf16" and device.type == "cuda" and not torch.cuda.is_bf16_supported():
+        raise UserError("loop.mixed_precision: this GPU has no bfloat16; use fp16 or no")
+
+
+@dataclass
+class Live:
+    """A run in progress. images: seen so far; reported: images at the last whole report, -1 before the first."""
+
+    config: LoopConfig
+    accelerator: Accelerator
+    bare: nn.Module
+    module: nn.Module
+    ema: Ema
+    optimizers: list[Any]
+    plan: Plan
+    template: nn.Module | None = None
+    images: int = 0
+    seconds: float = 0.0
+    reported: int = -1
+    saved: int = 0
+    measures: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def main(self) -> bool:
+        return bool(self.accelerator.is_main_process)
+
+    @property
+    def sharded(self) -> bool:
+        return self.config.sharding != "none"
+
+    def loader(self, cache: Cache | Online, seed: int) -> Iterator[Batch]:
+        """This process's micro-batches from the next image on."""
+        world, rank = self.accelerator.num_processes, self.accelerator.process_index
+        size = self.config.batch // (world * self.config.accumulation)
+        return batches(cache, seed, self.images, size, self.config.batch, world, rank)
+
+    def any(self, flag: bool) -> bool:
+        """Whether the flag is set on any process; they all learn the same."""
+        if self.accelerator.num_processes == 1:
+            return flag
+        return bool(self.accelerator.reduce(torch.tensor(int(flag), device=self.accelerator.device), "sum"))
+
+    def averaged(self) -> nn.Module:
+        """The half-life average as a plain module, whole on process 0. Called by all."""
+        if self.template is None and not self.sharded:
+            return self.ema.module
+        whole = gather_weights(self.ema.module)
+        if self.template is not None:
+            self.template.load_state_dict(whole)
+        return self.ema.module if self.template is None else self.template
+
+    def snapshot(self) -> Snapshot:
+        """Everything a resumed run needs, whole on process 0. Called by all."""
+        tensors = {"model": gather_weights(self.bare)}
+        tensors |= {name: gather_weights(average) for name, average in self.ema.averages.items()}
+        groups = []
+        for number, optimizer in enumerate(self.optimizers):
+            tensors[f"optimizer-{number}"], group = gather_optimizer(self.bare, optimizer.optimizer)
+            groups.append(group)
+        scaler = self.accelerator.scaler
+        state = {
+            "images": self.images, "seconds": self.seconds, "reported": self.reported, "optimizers": groups,
+            "scaler": scaler.state_dict() if scaler is not None else None,
+        }  # fmt: skip
+        return Snapshot(tensors, state)
+
+    def restore(self, snapshot: Snapshot) -> None:
+        """Go on from a snapshot, which every process gives whole."""
+        fill_weights(self.bare, snapshot.tensors["model"])
+        for name, average in self.ema.averages.items():
+            fill_weights(average, snapshot.tensors[name])
+        for number, optimizer in enumerate(self.optimizers):
+            groups = snapshot.state["optimizers"][number]
+            fill_optimizer(self.bare, optimizer, snapshot.tensors[f"optimizer-{number}"], groups)
+        if self.accelerator.scaler is not None and snapshot.state["scaler"]:
+            self.accelerator.scaler.load_state_dict(snapshot.state["scaler"])
+        self.images = self.saved = snapshot.images
+        self.seconds, self.reported = float(snapshot.state["seconds"]), int(snapshot.state["reported"])
+
+
+def start(task: Task, config: LoopConfig, optim: OptimConfig, ema: EmaConfig, seed: int, run: Path,
+          resume: Resume = "auto") -> Live:  # fmt: skip
+    """Put the parts of a run together on this process, from the newest whole checkpoint of `run` or fresh.
+
+    Raises UserError where `resume` does not allow what is there, and where the launch does not fit the config.
+    """
+    plain = [DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)]
+    accelerator = Accelerator(
+        cpu=process_state().device.type == "cpu", mixed_precision=config.mixed_precision,
+        gradient_accumulation_steps=config.accumulation, kwargs_handlers=plain,
+    )  # fmt: skip
+    check_precision(config, accelerator.device)
+    world = accelerator.num_processes
+    if config.batch % (world * config.accumulation):
+        raise UserError(
+            f"loop.batch {config.batch} is not a multiple of {world} processes x {config.accumulation} accumulation"
+        )
+    found = _agree_on_checkpoint(run, resume, accelerator)
+    over: DeviceMesh | None = mesh(config.sharding) if config.sharding != "none" else None
+    module = task.module.to(accelerator.device)
+    _adapt(module, config)
+    trial = next(batches(task.cache, seed, 0, config.batch // (world * config.accumulation), config.batch))
+    plan = choose_format(module, trial, accelerator, config, run, fresh=found is None)
+    module = module.to(memory_format=plan.torch_format)
+    averages = Ema(module, ema)
+    template = copy.deepcopy(averages.module) if over is not None and accelerator.is_main_process else None
+    if over is not None:
+        for each in (module, *averages.averages.values()):
+            shard(each, over, config.mixed_precision == "bf16")
+    prepared = accelerator.prepare(build_optimizer(optim, module.parameters()))
+    wrapped = module if over is not None else accelerator.prepare(module)
+    live = Live(config, accelerator, module, wrapped, averages, [prepared], plan, template)
+    if found is not None:
+        live.restore(checkpoint.load(found))
+        if live.main:
+            print(f"resuming from {found} at {live.images} images", flush=True)
+    return live
+
+
+def _adapt(module: nn.Module, config: LoopConfig) -> None:
+    if config.activation_checkpointing:
+        for part in module.modules():
+            if isinstance(part, ModelMixin):
+                part.enable_gradient_checkpointing()
+    if config.compile:
+        for block in blocks(module):
+            block.compile()
+
+
+def _agree_on_checkpoint(run: Path, resume: Resume, accelerator: Accelerator) -> Path | None:
+    """The checkpoint that all processes go on from, as process 0 found it; None to start anew."""
+    images = -1
+    if accelerator.is_main_process:
+        found = checkpoint.newest(run)
+        there = any(checkpoint.root(run).glob(checkpoint.STEPS))
+        if found is None and (there or resume == "must"):
+            raise UserError(
+                f"{run}: {'none of its checkpoints is whole' if there else 'holds no checkpoint'}; nothing was changed."
+                " `ldm ckpt verify RUN` says more; name another folder with --run to start anew"
+            )
+        if found is not None and resume == "never":
+            raise UserError(f"{run}: holds checkpoints, and --resume never starts anew: name another with --run")
+        images = -1 if found is None else int(found.name.removeprefix("step-"))
+    if accelerator.num_processes > 1:
+        images = int(cast(Tensor, broadcast(torch.tensor(images, device=accelerator.device))).item())
+    return None if images < 0 else checkpoint.path_of(run, images)

@@ -1,0 +1,119 @@
+"""What a run will take: parameters, memory, disk, and the speed of a trial; the memory layout that was quicker."""
+
+from __future__ import annotations
+
+import json
+import resource
+import shutil
+import time
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import broadcast
+from torch import nn
+
+from ldm.weights import write_json
+from training.files import write_atomically
+from training.loader import Batch
+
+if TYPE_CHECKING:
+    from training.engine import LoopConfig
+
+CHOSEN = "chosen.json"
+FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
+TRIAL_STEPS = 3
+
+
+@dataclass
+class Plan:
+    """memory_format as chosen; seconds: of forward and backward over one global batch, by format tried."""
+
+    memory_format: str
+    seconds: dict[str, float] = field(default_factory=dict)
+    parameters: int = 0
+    peak_bytes: int = 0
+
+    @property
+    def torch_format(self) -> torch.memory_format:
+        return FORMATS[self.memory_format]
+
+    def text(self, config: LoopConfig, averages: int, run: Path) -> str:
+        """The plan in lines, before work. averages: how many are kept."""
+        there = next(folder for folder in (run.absolute(), *run.absolute().parents) if folder.exists())
+        weights = 4 * self.parameters
+        saved = weights * (3 + averages)  # weights, two moments of AdamW, averages
+        lines = [
+            f"plan: {self.parameters / 1e6:.2f} million parameters, {self.memory_format} memory layout",
+            f"  memory: {self.peak_bytes / 1e9:.2f} GB at the peak of a forward and backward pass, and "
+            f"{weights * (2 + averages) / 1e9:.2f} GB for optimizer and averages",
+            f"  disk: {saved / 1e6:.0f} MB a checkpoint, up to {config.keep_checkpoints + 1} of them for a moment "
+            f"({shutil.disk_usage(there).free / 1e9:.1f} GB free at {run})",
+        ]
+        if self.memory_format in self.seconds:
+            speed = config.batch / self.seconds[self.memory_format]
+            tried = ", ".join(f"{name} {config.batch / s:.1f}" for name, s in self.seconds.items())
+            lines.append(
+                f"  time: {_duration(config.images / speed)} for {config.images} images at {speed:.1f} images/s "
+                f"(trial: {tried}; optimizer, previews and saves come on top)"
+            )
+        return "\n".join(lines)
+
+
+def choose_format(module: nn.Module, batch: Batch, accelerator: Accelerator, config: LoopConfig, run: Path,
+                  fresh: bool) -> Plan:  # fmt: skip
+    """The plan of a run: measured on a fresh start by passes over one batch that leave no trace; else as recorded.
+
+    Whatever was chosen stands in RUN/chosen.json and is never measured again.
+    """
+    file = run / CHOSEN
+    if not fresh and file.is_file():
+        plan = Plan(**json.loads(file.read_text(encoding="utf-8")))
+        if config.memory_format != "auto":
+            plan.memory_format = config.memory_format
+        return plan
+    wanted = list(FORMATS) if config.memory_format == "auto" else [config.memory_format]
+    seconds = {}
+    for name in wanted:
+        module.to(memory_format=FORMATS[name])
+        seconds[name] = _trial(module, batch, accelerator) * config.batch / (len(batch) * accelerator.num_processes)
+    module.to(memory_format=torch.contiguous_format)
+    best = torch.tensor(min(range(len(wanted)), key=lambda i: seconds[wanted[i]]), device=accelerator.device)
+    if accelerator.num_processes > 1:
+        best = broadcast(best)
+    parameters = sum(p.numel() for p in module.parameters())
+    plan = Plan(wanted[int(best)], {k: round(v, 4) for k, v in seconds.items()}, parameters, peak_bytes())
+    if accelerator.is_main_process:
+        write_atomically(file, lambda path: write_json(path, asdict(plan)))
+    return plan
+
+
+def _trial(module: nn.Module, batch: Batch, accelerator: Accelerator) -> float:
+    """Seconds of one forward and backward pass; gradients are thrown away."""
+    best = float("inf")
+    for _ in range(TRIAL_STEPS):
+        began = time.perf_counter()
+        with accelerator.autocast():
+            losses = module(batch).losses
+        sum(losses[1:], losses[0]).backward()
+        if accelerator.device.type == "cuda":
+            torch.cuda.synchronize()
+        best = min(best, time.perf_counter() - began)
+        module.zero_grad(set_to_none=True)
+    return best
+
+
+def peak_bytes() -> int:
+    """The most memory used so far: of the GPU where there is one, else of this process."""
+    if torch.cuda.is_available():
+        return int(torch.cuda.max_memory_allocated())
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def _duration(seconds: float) -> str:
+    hours, rest = divmod(round(seconds), 3600)
+    return f"{hours} h {rest // 60} min" if hours else f"{rest // 60} min {rest % 60} s"
+
+
