@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 
 from ldm.config import UserError, load
 from tests.faults import CONTEXT, INTERRUPTED, output, start_training
-from training import checkpoint, encode, loop, tasks
+from training import checkpoint, encoders, loop, tasks
 from training.checkpoint import Snapshot
 from training.run import train
 from training.stop import Interrupted, Stop
@@ -326,7 +326,7 @@ def signal_in(place: str, number: int) -> None:
     elif place == "preview":
         tasks.DiffusionTask.preview = slow  # type: ignore[method-assign]
     elif place == "encode":
-        encode.codec_moments = slow  # type: ignore[assignment]
+        encoders.LatentSums.add = slow  # type: ignore[method-assign]
     elif place == "start":
         tasks.load_text_encoder = slow  # type: ignore[attr-defined]
 

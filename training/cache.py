@@ -24,6 +24,7 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -92,12 +93,12 @@ def save_rows(path: Path, name: str, parts: Iterable[Tensor]) -> None:
 
 def padded(states: Sequence[Tensor], length: int, uses_mask: bool) -> Conditioning:
     """States (n, D) float16 of each caption's real tokens -> (B, length, D) float32 and the mask of real tokens."""
-    counts = torch.tensor([len(s) for s in states])
-    mask = torch.arange(length) < counts[:, None]
-    joined = torch.cat(list(states))
-    out = torch.zeros(len(states) * length, joined.shape[1])
-    out[mask.flatten().nonzero().squeeze(1)] = joined.float()
-    return Conditioning(out.view(len(states), length, -1), mask if uses_mask else None)
+    # numpy: for tensors as small as these, torch would wait for its threads longer than it computes
+    counts = np.array([len(s) for s in states])
+    mask = np.arange(length) < counts[:, None]
+    out = np.zeros((len(states), length, states[0].shape[1]), np.float32)
+    out[mask] = np.concatenate([s.numpy() for s in states])
+    return Conditioning(torch.from_numpy(out), torch.from_numpy(mask) if uses_mask else None)
 
 
 class Cache:
@@ -136,8 +137,8 @@ class Cache:
         found = []
         for index in indices:
             shard, place = self._place(index)
-            found.append(self._mapped(shard_name(shard))[name][place])
-        return torch.stack(found)
+            found.append(self._mapped(shard_name(shard))[name][place].numpy())
+        return torch.from_numpy(np.stack(found))
 
     def captions(self, index: int) -> list[int]:
         """Indices of an item's captions, at least one."""
