@@ -14,8 +14,8 @@ import yaml
 
 from ldm.config import ConfigError, UserError, load, parse, to_yaml
 from ldm.latents import CodecConfig, Normalisation
-from training import loop
-from training.loop import LoopConfig, check_precision
+from training import engine
+from training.engine import LoopConfig, check_precision
 from training.tasks import AutoencoderRun, DiffusionRun, RunConfig
 
 # configs/accelerate holds files of the launcher, for tests/test_launch_configs.py
@@ -135,12 +135,12 @@ def test_values_of_another_type_are_refused(file: Path, line: str, expected: str
 
 
 def test_plain_scalars_mean_what_they_look_like(file: Path) -> None:
-    text = AUTOENCODER.replace("images: 64000", "images: 64_000\n  mixed_precision: no\n  channels_last: true")
+    text = AUTOENCODER.replace("images: 64000", "images: 64_000\n  mixed_precision: no\n  compile: true")
     run = read(file, text.replace("somewhere", "2020-01-01") + "cache: off\nvalidation: {split: ~}\n")
     assert run.optim.lr == 1e-3
     assert run.loop.images == 64_000
     assert run.loop.mixed_precision == "no"
-    assert run.loop.channels_last is True
+    assert run.loop.compile is True
     assert (run.data.path, run.cache, run.validation.split) == ("2020-01-01", "off", None)
     assert read(file, AUTOENCODER.replace("1e-3", "1")).optim.lr == 1.0
     assert read(file, AUTOENCODER.replace("1e-3", ".5E-2")).optim.lr == 0.005
@@ -316,12 +316,12 @@ def test_data_from_json_is_as_strict() -> None:
 def test_half_precision_on_a_cpu_without_it_is_refused_with_the_reason(
     precision: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(loop, "cpu_has_bf16", lambda: False)
+    monkeypatch.setattr(engine, "cpu_has_bf16", lambda: False)
     config = LoopConfig(images=64_000, mixed_precision=precision)
     with pytest.raises(UserError, match=rf"loop\.mixed_precision: {precision} .* CPU: .*slower.*mixed_precision=no"):
         check_precision(config, torch.device("cpu"))
     check_precision(replace(config, mixed_precision="no"), torch.device("cpu"))
-    monkeypatch.setattr(loop, "cpu_has_bf16", lambda: True)
+    monkeypatch.setattr(engine, "cpu_has_bf16", lambda: True)
     check_precision(replace(config, mixed_precision="bf16"), torch.device("cpu"))
     with pytest.raises(UserError):
         check_precision(replace(config, mixed_precision="fp16"), torch.device("cpu"))

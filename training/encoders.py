@@ -60,7 +60,8 @@ def codec_moments(codec: LatentCodec, pixels: Tensor) -> Tensor:
     count = len(pixels)
     padded = torch.cat([pixels, pixels[:1].expand(ENCODE_ROWS - count, *pixels.shape[1:])])
     padded = padded.to(next(codec.parameters()).device)
-    return codec.encode(padded.permute(0, 3, 1, 2).float() / 127.5 - 1)[:count].cpu()
+    planes = padded.permute(0, 3, 1, 2).contiguous()  # convolutions are a sixth slower on interleaved channels
+    return codec.encode(planes.float() / 127.5 - 1)[:count].cpu()
 
 
 def picture_tensors(examples: Iterable[Example],
