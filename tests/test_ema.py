@@ -165,6 +165,7 @@ def test_resumed_averages_are_the_same_bits() -> None:
         assert torch.equal(flat(average), flat(resumed.averages[name]))
 
 
+@pytest.mark.slow
 def test_deviation_of_longer_intervals_in_a_real_training() -> None:
     """Over the distance of the average from the weights: the average's weights are (every - 1) / 2 steps younger
     than those of every step, of a mean age of halflife / ln 2, here 8 / ln 2 steps."""

@@ -90,7 +90,9 @@ def test_two_processes_write_the_same_bytes(start: Any, straight: dict[str, byte
     assert {"shard-00005.json", "text-00004.safetensors", "index.safetensors", "manifest.json"} <= written.keys()
 
 
-@pytest.mark.parametrize("phase", ["shard-00001.json", "text-00001.json"])
+@pytest.mark.parametrize("phase", [
+    "shard-00001.json", pytest.param("text-00001.json", marks=pytest.mark.slow)
+])  # fmt: skip
 def test_killed_and_started_again(
     start: Any, cascade: Cascade, straight: dict[str, bytes], tmp_path: Path, phase: str
 ) -> None:
@@ -106,6 +108,7 @@ def test_killed_and_started_again(
     assert {name: (folder / name).stat().st_mtime_ns for name in done} == done
 
 
+@pytest.mark.slow
 def test_one_of_two_killed(start: Any, cascade: Cascade, straight: dict[str, bytes], tmp_path: Path) -> None:
     """The other process leaves, and one process alone goes on with what both have done."""
     job = start(*TWO, pause=0.5)
@@ -123,6 +126,7 @@ def test_one_of_two_killed(start: Any, cascade: Cascade, straight: dict[str, byt
     assert contents(tmp_path / "cache") == straight
 
 
+@pytest.mark.slow
 def test_second_job_waits_and_goes_on_after_the_first_is_stopped(
     start: Any, straight: dict[str, bytes], tmp_path: Path
 ) -> None:

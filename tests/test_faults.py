@@ -105,9 +105,11 @@ def wait_for(condition: Callable[[], bool], seconds: float) -> None:
 
 
 class TestKill:
-    @pytest.mark.parametrize(("name", "seed"), [("autoencoder", 1), ("base_t5", 2)])
+    @pytest.mark.parametrize(("name", "seed"), [
+        pytest.param("autoencoder", 1, marks=pytest.mark.slow), ("base_t5", 2)
+    ])  # fmt: skip
     def test_killed_run_ends_bit_equal(self, folder: Path, tmp_path: Path, name: str, seed: int) -> None:
-        kill_until_done(folder, name, tmp_path / "run", 3, seed)
+        kill_until_done(folder, name, tmp_path / "run", 2, seed)
         assert_equal_ends(tmp_path / "run", folder / name)
 
     @pytest.mark.slow
@@ -181,7 +183,9 @@ def test_death_at_every_write_of_a_save_leaves_a_whole_checkpoint(tmp_path: Path
 
 
 class TestDisk:
-    @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS])
+    @pytest.mark.parametrize("number", [
+        errno.ENOSPC, *(pytest.param(n, marks=pytest.mark.slow) for n in (errno.EDQUOT, errno.EIO, errno.EROFS))
+    ])  # fmt: skip
     def test_a_refused_save_costs_nothing(
         self, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
         number: int,
@@ -200,6 +204,7 @@ class TestDisk:
         assert_equal_ends(tmp_path / "run", folder / "base_t5")
         assert not list(checkpoint.root(tmp_path / "run").glob("*.tmp-*"))
 
+    @pytest.mark.slow
     def test_a_file_limit_of_the_system_stops_the_last_save_with_a_message(self, folder: Path, tmp_path: Path) -> None:
         limit = (200_000, 200_000)
         child = start_training(config_of("base_t5"), tmp_path / "run", settings(folder, "base_t5"),
@@ -332,8 +337,11 @@ def signal_in(place: str, number: int) -> None:
 
 
 @pytest.mark.parametrize(("place", "number"), [
-    ("step", signal.SIGTERM), ("step", signal.SIGINT), ("evaluation", signal.SIGINT), ("preview", signal.SIGUSR1),
-    ("encode", signal.SIGTERM), ("start", signal.SIGUSR1),
+    ("step", signal.SIGTERM), ("preview", signal.SIGUSR1), ("encode", signal.SIGINT),
+    *(pytest.param(place, number, marks=pytest.mark.slow) for place, number in (
+        ("step", signal.SIGINT), ("step", signal.SIGUSR1), ("evaluation", signal.SIGINT), ("preview", signal.SIGTERM),
+        ("encode", signal.SIGTERM), ("encode", signal.SIGUSR1), ("start", signal.SIGUSR1), ("start", signal.SIGINT),
+    )),
 ])  # fmt: skip
 def test_signals_leave_in_order(folder: Path, tmp_path: Path, place: str, number: int) -> None:
     run, more = tmp_path / "run", (f"cache={tmp_path / 'cache'}",)

@@ -76,12 +76,13 @@ class TestRun:
         assert load_cascade(base / "final").text.config.kind == "t5"
 
     @pytest.mark.parametrize(("name", "stops", "more"), [
-        ("base_t5", [1], []),
+        pytest.param("base_t5", [1], [], marks=pytest.mark.slow),
         # the data holds 93 pictures: every third step ends an epoch
         ("base_t5", [3, 6, 8], ["loop.batch=31", "loop.images=310"]),
-        ("base_t5", [5], ["loop.memory_format=channels_last", "ema.every_steps=4", "ema.powers=[0.1]"]),
+        ("base_t5", [5], ["loop.memory_format=channels_last", "ema.every_steps=4", "ema.powers=[0.1]",
+                          "loop.images=128"]),
         ("base_t5", [4], ["encode=online", "denoiser.weighting=learned", "loop.images=128"]),
-        ("autoencoder", [7, 12], []),
+        ("autoencoder", [3, 7], ["loop.images=160"]),
     ])  # fmt: skip
     def test_interrupted_run_resumes_to_equal_weights(
         self, runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, stops: list[int], more: list[str]
@@ -115,7 +116,7 @@ class TestRun:
         self, runs: Path, base: Path, tmp_path: Path
     ) -> None:
         online = "encode=online"
-        for number, more in enumerate((["loop.accumulation=4"], [online], [online, "data.workers=2"])):
+        for number, more in enumerate((["loop.accumulation=4"], [online, "data.workers=2"])):
             run = tmp_path / str(number)
             train(ROOT / "configs/tiny/base_t5.yaml", run, [*base_overrides(runs, "base_t5"), *more])
             assert losses(run) == pytest.approx(losses(base), rel=1e-4)
