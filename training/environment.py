@@ -18,8 +18,9 @@ _MALLOPT = {-1: 2**31 - 1, -3: 2**31 - 1, -2: 2**28}  # trim threshold, mmap thr
 def prepare_process() -> None:
     """Set what makes training quick on a CPU; to be called before torch computes anything.
 
-    Denormal numbers are flushed: where gradients vanish they slow a step tenfold. The threads that torch starts
-    later take this over. glibc keeps freed memory instead of asking the kernel for the same again in each step.
+    Denormal numbers, which vanishing gradients end in, are flushed: some CPUs compute with them many times slower. The
+    threads that torch starts later take this over. glibc keeps freed memory instead of asking the kernel for the same
+    again in each step.
     """
     torch.set_flush_denormal(True)
     if sys.platform == "linux" and platform.libc_ver()[0] == "glibc":
