@@ -117,7 +117,7 @@ class TestKill:
         """Run with -s to see where each kill fell."""
         kinds = ["autoencoder", "base", "base_clip", "base_t5"]
         kills = 0
-        for round_number in range(13):
+        for round_number in range(14):
             name = kinds[round_number % 4]
             straight(folder, name)
             run = tmp_path / f"{name}-{round_number}"
