@@ -186,7 +186,8 @@ def _save(live: Live, run: Path, reporter: _Reporter, must: bool) -> None:
             checkpoint.save(run, snapshot, live.config.keep_checkpoints, facts)
         except OSError as error:
             failed = f"checkpoint at {live.images} images not saved: {error.strerror or error} ({run})"
-            reporter.alert(f"{failed}; the older ones are whole, training goes on")
+            if not must:
+                reporter.alert(f"{failed}; the older ones are whole, training goes on")
     live.saved = live.images  # the next try comes at its time
     if live.any(bool(failed)) and must:
         raise UserError(f"{failed or 'checkpoint not saved'}; the older ones are whole. Make room, then resume", 1)
