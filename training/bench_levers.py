@@ -163,7 +163,7 @@ def processes(setup: Setup, table: Table) -> None:
     batch = setup.config("base").loop.batch
     table.title(f"processes: base, global batch {batch}")
     one, two = [], []
-    for _ in range(setup.times(2, 1)):
+    for _ in range(setup.times(4, 1)):
         one += [batch / s for s in _in_process(setup, "engine", 2 * half)["base"]]
         two += [batch / s for s in _in_process(setup, "engine", half, 2)["base"]]
     table.line(f"one process, {2 * half} threads", "images/s", one)

@@ -135,7 +135,7 @@ def encoding(setup: Setup, table: Table) -> None:
     table.title(f"encode: {len(examples)} pictures of {config.data.size_px} px, {len(tokens)} distinct captions")
     works = [lambda: encode(reader, tempfile.mkdtemp(dir=setup.folder), codec, text), plain, at_once,
              lambda: list(reader)]  # fmt: skip
-    whole, calls, parallel, reading = interleaved(works, setup.times(5))
+    whole, calls, parallel, reading = interleaved(works, setup.times(9))
     count = len(examples)
     table.line("encode", "images/s", [count / s for s in whole])
     table.line("the same network calls on ready tensors, one by one", "images/s", [count / s for s in calls])
@@ -180,7 +180,7 @@ def _gain(setup: Setup, table: Table, reader: Reader, examples: list[Example], c
         online.steps(1)
 
     works = [lambda: cached.steps(1), online_step, bare.forward_backward, encode_batch]
-    quick, slow, network, encoders = ([s / batch for s in each] for each in interleaved(works, setup.times(9)))
+    quick, slow, network, encoders = ([s / batch for s in each] for each in interleaved(works, setup.times(21)))
     table.line("a step from the cache, per image", "s", quick)
     table.line("a step with `encode: online`, per image", "s", slow)
     table.line("3 U: forward and backward of the U-Net, per image", "s", network)

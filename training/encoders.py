@@ -24,7 +24,7 @@ from ldm.text import TextEncoder
 from training.data import Example
 from training.rows import shown
 
-ENCODE_ROWS = 32
+ENCODE_ROWS = 16
 A = TypeVar("A")
 B = TypeVar("B")
 
@@ -35,6 +35,7 @@ def in_order(work: Callable[[A], B], items: Iterable[A], threads: int) -> Genera
     Items are taken as results are asked for, only a few ahead. Close it where it may be left early.
     """
     before = torch.get_num_threads()
+    torch.set_num_threads(1)  # here too: what handles the results would keep OpenMP threads spinning on the same cores
     pool = ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,))
     waiting: deque[Future[B]] = deque()
     try:
