@@ -26,6 +26,12 @@ Set = Annotated[
 ]
 
 
+StageSet = Annotated[
+    list[str] | None, typer.Option("--set", metavar="STAGE.A=B", help="Override a stage's sampling, as sr.steps=4.")
+]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace files of the same names.")]
+
+
 def _tell(line: str) -> None:
     typer.echo(_printable(line), err=True)
 
@@ -152,23 +158,62 @@ def ckpt_average(
     typer.echo(str(average(run, length, out, images)))
 
 
+@ckpt_app.command("join")
+def ckpt_join(
+    folders: Annotated[list[Path], typer.Argument(metavar="DIR...", help="Cascade folders, base first.")],
+    out: Annotated[Path, typer.Option(help="A new folder for the cascade.")],
+) -> None:
+    """Put the stages of several folders, such as RUN/final of a base and of an SR run, into one cascade."""
+    from pipelines.cascade import join
+
+    typer.echo(str(join(folders, out)))
+
+
 @app.command()
 def generate(
     prompts: Annotated[list[str], typer.Argument(metavar="PROMPT...", help="One or more prompts.")],
     model: Annotated[Path | None, typer.Option(help="A cascade folder; default: the shipped emoji model.")] = None,
     n: Annotated[int, typer.Option("--n", help="Pictures per prompt, 1 to 10000.")] = 4,
     seed: Annotated[int, typer.Option(help="Picture i uses seed + i; -1 draws one at random.")] = 7,
-    steps: Annotated[int | None, typer.Option(help="Sampling steps; default: the model's.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Sampling steps of the first stage; default: its own.")] = None,
     guidance: Annotated[
-        float | None, typer.Option(help="Classifier-free guidance, 1 is none; default: the model's.")
+        float | None, typer.Option(help="Guidance of the first stage, 1 is none; default: its own.")
     ] = None,
     out: Annotated[Path, typer.Option(help="Folder for 0000.png, 0001.png, ... and grid.png.")] = Path("out"),
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace files of the same names.")] = False,
+    overwrite: Overwrite = False,
+    overrides: StageSet = None,
+    stages: Annotated[str, typer.Option(help="Names of the stages to run, such as base; default: all.")] = "",
+    keep_stages: Annotated[
+        bool, typer.Option("--keep-stages", help="Write the picture of each stage too, as 0000-base.png.")
+    ] = False,
 ) -> None:
     """Draw pictures for prompts; the last line printed is the grid's path."""
     from pipelines.generate import generate
 
-    typer.echo(str(generate(prompts, model, n, seed, steps, guidance, out, overwrite, tell=_tell)))
+    chosen = [name.strip() for name in stages.split(",") if name.strip()]
+    done = generate(prompts, model, n, seed, steps, guidance, out, overwrite, overrides=overrides or (),
+                    stages=chosen, keep_stages=keep_stages, tell=_tell)  # fmt: skip
+    typer.echo(str(done))
+
+
+@app.command()
+def upscale(
+    pictures: Annotated[list[Path], typer.Argument(metavar="IMAGE...", help="Picture files of any size.")],
+    model: Annotated[
+        Path | None, typer.Option(help="A cascade folder with SR stages; default: the shipped emoji model.")
+    ] = None,
+    scale: Annotated[int, typer.Option(help="How many times as large.")] = 4,
+    prompt: Annotated[str, typer.Option(help="What the picture shows; none by default.")] = "",
+    seed: Annotated[int, typer.Option(help="-1 draws one at random.")] = 0,
+    out: Annotated[Path, typer.Option(help="Folder for <name>.png.")] = Path("out"),
+    overwrite: Overwrite = False,
+    overrides: StageSet = None,
+) -> None:
+    """Enlarge pictures by super-resolution stages; prints the plan first, and each file's path."""
+    from pipelines.upscale import upscale
+
+    for path in upscale(pictures, model, scale, prompt, seed, out, overwrite, overrides or (), tell=_tell):
+        typer.echo(str(path))
 
 
 def main() -> Any:

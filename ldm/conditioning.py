@@ -14,10 +14,13 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Conditioning:
-    """Text states (B, L, D) float32 with a mask (B, L) of real tokens, or None where all tokens count."""
+    """Text states (B, L, D) float32 with a mask (B, L) of real tokens, or None where all tokens count; what
+    `condition_low_res` makes of small pictures, (B, C, h, w), with the level (B,) of the noise in it."""
 
     text: Tensor | None = None
     text_mask: Tensor | None = None
+    low_res: Tensor | None = None
+    level: Tensor | None = None
 
     def __len__(self) -> int:
         for value in self._members().values():
@@ -36,6 +39,12 @@ class Conditioning:
         if len(self) != 1:
             raise ValueError(f"only a single item can be expanded, not {len(self)}")
         return self._map(lambda v: v.expand(count, *v.shape[1:]))
+
+    def join(self, other: Conditioning) -> Conditioning:
+        """The members of both, which have none in common."""
+        if self._members().keys() & other._members().keys():
+            raise ValueError("conditionings with members in common cannot be joined into one")
+        return Conditioning(**self._members(), **other._members())
 
     def where(self, keep: Tensor, null: Conditioning) -> Conditioning:
         """Per item: this conditioning where `keep` (B,) is true, `null` (B or 1 items) elsewhere; same members."""

@@ -119,7 +119,7 @@ def _parse_yaml(text: str, where: str) -> Any:
         raise ConfigError(f"{where}: not readable as YAML: {error}") from None
 
 
-def _apply_override(data: dict[str, Any], override: str) -> str:
+def apply_override(data: dict[str, Any], override: str) -> str:
     """Put `a.b=value` into the data; returns the path a.b."""
     path, separator, text = override.partition("=")
     keys = path.split(".")
@@ -249,7 +249,7 @@ def load(kind: Any, path: str | Path, overrides: Sequence[str] = ()) -> Any:
     _require_sections(data, f"{path}:1")
     spots = _spots(yaml.compose(text, Loader=_Loader), str(path))
     for override in overrides:
-        changed = _apply_override(data, override)
+        changed = apply_override(data, override)
         spots[changed] = f"--set {changed}"
     return parse(kind, data, str(path), spots)
 

@@ -193,11 +193,14 @@ class Denoiser(nn.Module):
             x = x_t * per_item((alpha**2 + sigma**2).rsqrt(), x_t)
         else:
             x = x_t
+        if cond.low_res is not None:
+            x = torch.cat([x, cond.low_res.to(x)], 1)
         dtype = next(self.net.parameters()).dtype
         out: Tensor = self.net(
             x.to(dtype),
             self.schedule.network_time(t).to(x.device),
             encoder_hidden_states=None if cond.text is None else cond.text.to(dtype),
             encoder_attention_mask=cond.text_mask,
+            class_labels=None if cond.level is None else (1000 * cond.level).to(x),
         ).sample
         return out.to(torch.promote_types(x_t.dtype, torch.float32))

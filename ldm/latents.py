@@ -1,4 +1,4 @@
-"""LatentCodec: pixels <-> moments <-> latents.
+"""LatentCodec: pixels <-> moments <-> latents.  Without an autoencoder, latents are the pixels themselves.
 
     pixels (B, 3, H, W) in [-1, 1] -> space-to-depth -> AutoencoderKL -> moments (B, 2C, h, w) = [mean, log-variance]
     moments -> a draw, or the mean -> raw latent (B, C, h, w) -> (raw - mean) / std of the stage -> unit variance
@@ -20,10 +20,10 @@ LOG_VARIANCE_RANGE = (-30.0, 20.0)
 
 @dataclass(frozen=True)
 class CodecConfig(Config):
-    """Space-to-depth by `unshuffle`, then an autoencoder."""
+    """Space-to-depth by `unshuffle`, then an autoencoder, or none for stages that work on pixels."""
 
     unshuffle: int = 4
-    autoencoder: AutoencoderConfig = AutoencoderConfig()
+    autoencoder: AutoencoderConfig | None = AutoencoderConfig()
 
     def __post_init__(self) -> None:
         if self.unshuffle not in (1, 2, 4, 8):
@@ -32,11 +32,11 @@ class CodecConfig(Config):
     @property
     def factor(self) -> int:
         """Pixels per latent cell along each side."""
-        return self.unshuffle * 2 ** (len(self.autoencoder.widths) - 1)
+        return self.unshuffle * (2 ** (len(self.autoencoder.widths) - 1) if self.autoencoder else 1)
 
     @property
     def latent_channels(self) -> int:
-        return self.autoencoder.latent_channels
+        return self.autoencoder.latent_channels if self.autoencoder else 3 * self.unshuffle**2
 
 
 @dataclass(frozen=True)
@@ -72,12 +72,22 @@ def kl_to_standard_normal(moments: Tensor) -> Tensor:
 
 
 class LatentCodec(nn.Module):
-    """Encodes pixels to moments and decodes raw latents to pixels; knows nothing of any stage's statistics."""
+    """Encodes pixels to moments and decodes raw latents to pixels; knows nothing of any stage's statistics.
+
+    `autoencoder` is None for pixels: moments of the least variance then, and exact decoding.
+    """
 
     def __init__(self, config: CodecConfig) -> None:
         super().__init__()
         self.config = config
-        self.autoencoder = build_autoencoder(config.autoencoder, 3 * config.unshuffle**2)
+        self.autoencoder = (
+            build_autoencoder(config.autoencoder, 3 * config.unshuffle**2) if config.autoencoder else None
+        )
+
+    @property
+    def device(self) -> torch.device:
+        """Where the autoencoder is; the CPU without one."""
+        return next((p.device for p in self.parameters()), torch.device("cpu"))
 
     def encode(self, pixels: Tensor) -> Tensor:
         """Pixels (B, 3, H, W) in [-1, 1], H and W multiples of `config.factor` -> moments (B, 2C, h, w).
@@ -86,10 +96,14 @@ class LatentCodec(nn.Module):
         """
         if pixels.shape[-1] % self.config.factor or pixels.shape[-2] % self.config.factor:
             raise ValueError(f"picture sides {tuple(pixels.shape[-2:])} must be multiples of {self.config.factor}")
-        parameters = self.autoencoder.encode(pixel_unshuffle(pixels, self.config.unshuffle)).latent_dist.parameters
+        squares = pixel_unshuffle(pixels, self.config.unshuffle)
+        if self.autoencoder is None:
+            return torch.cat([squares, torch.full_like(squares, LOG_VARIANCE_RANGE[0])], dim=1)
+        parameters = self.autoencoder.encode(squares).latent_dist.parameters
         mean, log_variance = parameters.chunk(2, dim=1)
         return torch.cat([mean, log_variance.clamp(*LOG_VARIANCE_RANGE)], dim=1)
 
     def decode(self, raw: Tensor) -> Tensor:
         """Raw latents (B, C, h, w) -> pixels (B, 3, H, W), not clipped."""
-        return pixel_shuffle(self.autoencoder.decode(raw).sample, self.config.unshuffle)
+        squares = raw if self.autoencoder is None else self.autoencoder.decode(raw).sample
+        return pixel_shuffle(squares, self.config.unshuffle)

@@ -21,6 +21,7 @@ from torch import nn
 
 from ldm.config import UserError, parse, to_dict
 from ldm.latents import CodecConfig, LatentCodec
+from ldm.models.autoencoder import build_autoencoder
 
 N = TypeVar("N", bound=nn.Module)
 
@@ -176,8 +177,10 @@ def folder_digest(folder: Path, *parts: str) -> str:
 
 
 def save_codec(codec: LatentCodec, folder: Path) -> None:
-    """Write a codec folder: config.json and the diffusers folder vae/, in float16."""
-    save_network(codec.autoencoder, folder / "vae")
+    """Write a codec folder: config.json and, where there is an autoencoder, the diffusers folder vae/, in float16."""
+    folder.mkdir(parents=True, exist_ok=True)
+    if codec.autoencoder is not None:
+        save_network(codec.autoencoder, folder / "vae")
     write_json(folder / "config.json", to_dict(codec.config))
 
 
@@ -193,10 +196,9 @@ def load_codec(folder: str | Path) -> Codec:
         check_weights_file(folder if folder.is_file() else folder / "config.json")
     config = parse(CodecConfig, read_json(folder / "config.json"), str(folder / "config.json"))
 
-    def build() -> nn.Module:
-        return LatentCodec(config).autoencoder
-
     with torch.device("meta"):
         codec = LatentCodec(config)
-    codec.autoencoder = load_network(build, folder / "vae" / NETWORK_FILE)  # type: ignore[assignment]
+    if config.autoencoder is not None:
+        shape, channels = config.autoencoder, 3 * config.unshuffle**2
+        codec.autoencoder = load_network(lambda: build_autoencoder(shape, channels), folder / "vae" / NETWORK_FILE)
     return Codec(codec.eval().requires_grad_(False), codec_digest(folder))

@@ -1,10 +1,9 @@
-"""Stage and Cascade: text -> base -> (SR ...) -> pixels.
+"""Cascade: text -> base -> SR -> SR ... -> pixels, a loop over stages.
 
-    prompts -> TextEncoder -> Conditioning -> per stage: noise of each image -> sampler(guided denoiser) -> latents
-            -> Normalisation.invert -> LatentCodec.decode -> pixels
+    prompts -> TextEncoder -> Conditioning -> Stage.sample -> 8-bit pictures -> the next Stage.sample -> ...
 
-A cascade folder: cascade.json, codec/, text/ (unless the text encoder is the packaged one), and per stage a folder
-with stage.json and unet/.
+A cascade folder: cascade.json, codecs by name (codec/), text/ (unless the text encoder is the packaged one), and
+per stage a folder with stage.json and unet/.
 """
 
 from __future__ import annotations
@@ -12,23 +11,20 @@ from __future__ import annotations
 import os
 import shutil
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import count, pairwise
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ldm.conditioning import Conditioning
-from ldm.config import Config, UserError, parse, to_dict
-from ldm.denoiser import Denoiser, DenoiserConfig
-from ldm.draws import keyed_generator
-from ldm.guidance import ClassifierFreeGuidance
-from ldm.latents import LatentCodec, Normalisation
-from ldm.models.unet import UNetConfig, build_unet
-from ldm.noise import NoiseSchedule, NoiseScheduleConfig, uniform_grid
-from ldm.sampling import SAMPLERS
+from ldm.config import Config, UserError, apply_override, parse, to_dict
+from ldm.denoiser import Denoiser
+from ldm.models.unet import build_unet
+from ldm.noise import NoiseSchedule, uniform_grid
 from ldm.text import TextConfig, TextEncoder, load_text_encoder
 from ldm.weights import (
     NETWORK_FILE,
@@ -43,48 +39,9 @@ from ldm.weights import (
     save_network,
     write_json,
 )
+from pipelines.stage import OnStep, SamplingConfig, Stage, StageConfig
 
 FORMAT = 1
-MAX_STEPS = 1000
-MAX_GUIDANCE = 100.0
-
-
-@dataclass(frozen=True)
-class SamplingConfig(Config):
-    """How a stage is sampled. guidance is w of classifier-free guidance, 1 for none.
-
-    rows: pictures per network call, whatever the batch: other shapes give other last bits.
-    """
-
-    sampler: Literal["ddpm", "ddim", "dpmpp_2m"] = "dpmpp_2m"
-    steps: int = 20
-    guidance: float = 3.0
-    rows: int = 4
-
-    def __post_init__(self) -> None:
-        if not 1 <= self.steps <= MAX_STEPS:
-            raise ValueError(f"steps must be from 1 to {MAX_STEPS}, not {self.steps}")
-        if not 0 <= self.guidance <= MAX_GUIDANCE:
-            raise ValueError(f"guidance must be from 0 to {MAX_GUIDANCE:g} (1 is none), not {self.guidance}")
-        if not 1 <= self.rows <= 1024:
-            raise ValueError(f"rows must be from 1 to 1024, not {self.rows}")
-
-
-@dataclass(frozen=True)
-class StageConfig(Config):
-    """stage.json: everything but the weights. The digests say which codec and text encoder it was trained with."""
-
-    name: str
-    resolution_px: int
-    latent_channels: int
-    text_width: int
-    unet: UNetConfig
-    schedule: NoiseScheduleConfig
-    denoiser: DenoiserConfig
-    sampling: SamplingConfig
-    normalisation: Normalisation
-    codec_digest: str
-    text_digest: str
 
 
 @dataclass(frozen=True)
@@ -100,90 +57,86 @@ class CascadeConfig(Config):
             raise ValueError(f"cascade format {self.format}; this version reads {FORMAT}")
         if not self.stages or any(not name.isidentifier() for name in self.stages):
             raise ValueError(f"stages must be plain folder names, not {self.stages}")
-        if len(self.stages) > 1:
-            raise ValueError(f"stages {self.stages}: this version draws cascades of one stage")
-
-
-@dataclass
-class Stage:
-    """A denoiser with its statistics and sampling defaults. Base and SR stages are this class."""
-
-    config: StageConfig
-    denoiser: Denoiser
-
-    @torch.no_grad()
-    def sample(self, cond: Conditioning, null: Conditioning, seeds: Sequence[int], side: int,
-               sampling: SamplingConfig, on_step: Callable[[int, int], None] | None = None) -> Tensor:  # fmt: skip
-        """Raw latents (B, C, side, side) for B conditionings and seeds, `sampling.rows` at a time."""
-        parts = []
-        for start in range(0, len(seeds), sampling.rows):
-            chunk = list(seeds[start : start + sampling.rows])
-            index = torch.tensor([*range(start, start + len(chunk)), *[start] * (sampling.rows - len(chunk))])
-            full = chunk + [chunk[0]] * (sampling.rows - len(chunk))
-            parts.append(self._sample_rows(cond[index], null, full, side, sampling, on_step)[: len(chunk)])
-        return self.config.normalisation.invert(torch.cat(parts))
-
-    def _sample_rows(self, cond: Conditioning, null: Conditioning, seeds: list[int], side: int,
-                     sampling: SamplingConfig, on_step: Callable[[int, int], None] | None) -> Tensor:  # fmt: skip
-        device = next(self.denoiser.parameters()).device
-        generators = [keyed_generator(seed, self.config.name, "sampler") for seed in seeds]
-
-        def noise(like: Tensor) -> Tensor:
-            draws = [torch.randn(like.shape[1:], generator=g) for g in generators]
-            return torch.stack(draws).to(like)
-
-        starts = [keyed_generator(seed, self.config.name, "start") for seed in seeds]
-        shape = (self.config.latent_channels, side, side)
-        schedule = self.denoiser.schedule
-        grid = uniform_grid(sampling.steps, schedule)
-        scale = schedule.alpha_sigma(grid[:1])[1].float().to(device)
-        x = scale * torch.stack([torch.randn(shape, generator=g) for g in starts]).to(device)
-        guided = ClassifierFreeGuidance(self.denoiser, sampling.guidance, null.to(device))
-        bound = cond.to(device)
-        sampler = SAMPLERS[sampling.sampler]
-        return sampler(lambda x, t: guided(x, t, bound), x, grid, noise, schedule=schedule, on_step=on_step)
+        if len(set(self.stages)) < len(self.stages):
+            raise ValueError(f"stages {self.stages}: a name stands twice")
 
 
 @dataclass
 class Cascade:
-    """Stages in order with their shared codec and text encoder."""
+    """Stages in order with their shared text encoder; each has the codec it was trained with."""
 
     stages: list[Stage]
-    codec: Codec
     text: TextEncoder
     digest: str = ""
 
-    def sampling(self, steps: int | None = None, guidance: float | None = None) -> list[SamplingConfig]:
-        """Each stage's sampling, with the given values in place of its defaults.
+    @property
+    def codec(self) -> Codec:
+        """The codec of the first stage."""
+        return self.stages[0].codec
+
+    def only(self, *names: str) -> Cascade:
+        """The cascade of some of the stages, in the order of this one.
+
+        Raises UserError for a name it has not, or where a stage is left without its input's size.
+        """
+        own = [stage.config.name for stage in self.stages]
+        for name in names:
+            if name not in own:
+                raise UserError(f"no stage is named {name!r}; this cascade has {', '.join(own)}")
+        stages = [stage for stage in self.stages if stage.config.name in names]
+        check_chain(stages)
+        return replace(self, stages=stages)
+
+    def sampling(self, steps: int | None = None, guidance: float | None = None,
+                 overrides: Sequence[str] = ()) -> list[SamplingConfig]:  # fmt: skip
+        """Each stage's sampling: its defaults, `steps` and `guidance` for the first stage, then `overrides`, such
+        as "sr.level=0.1".
 
         Raises UserError for values out of range, and for more steps than the schedule has.
         """
-        given = {"steps": steps, "guidance": guidance}
-        changed = {k: v for k, v in given.items() if v is not None}
+        merged = [to_dict(stage.config.sampling) for stage in self.stages]
+        first = {"steps": steps, "guidance": guidance}
+        merged[0].update({k: v for k, v in first.items() if v is not None})
+        names = [stage.config.name for stage in self.stages]
+        for item in overrides:
+            name, _, rest = item.partition(".")
+            if name not in names:
+                raise UserError(f"--set {item!a}: begin with one of the stages {', '.join(names)}, as in "
+                                f"{names[-1]}.steps=8")  # fmt: skip
+            apply_override(merged[names.index(name)], rest)
         found = []
-        for stage in self.stages:
-            merged = {**to_dict(stage.config.sampling), **changed}
-            found.append(parse(SamplingConfig, merged, f"sampling of {stage.config.name}"))
+        for stage, values in zip(self.stages, merged, strict=True):
+            place = f"sampling of {stage.config.name}"
+            found.append(parse(SamplingConfig, values, place))
             try:
+                replace(stage.config, sampling=found[-1])
                 uniform_grid(found[-1].steps, stage.denoiser.schedule)
             except ValueError as error:
-                raise UserError(str(error)) from None
+                raise UserError(f"{place}: {error}") from None
         return found
 
-    def __call__(self, prompts: Sequence[str], seeds: Sequence[int], sampling: Sequence[SamplingConfig] | None = None,
-                 on_step: Callable[[int, int], None] | None = None) -> Tensor:  # fmt: skip
-        """Pictures (B, 3, H, W) in [-1, 1], not clipped, on the CPU: one per prompt and seed.
+    def draw(self, prompts: Sequence[str], seeds: Sequence[int], sampling: Sequence[SamplingConfig] | None = None,
+             low_res: Tensor | None = None, on_step: OnStep | None = None) -> list[Tensor]:  # fmt: skip
+        """What each stage makes: pictures (B, 3, H, W) in [-1, 1], on the CPU, one per prompt and seed, in steps
+        of 1/255 as a file would hold them, since that is what the next stage gets.
 
-        A picture depends on its prompt, its seed and the sampling only, never on its companions.
+        low_res: what the first stage enlarges, (B, 3, h, w) in [-1, 1], if it is an SR stage.
+        A picture depends on its prompt, its seed, its low_res and the sampling only, never on its companions.
         """
         if len(prompts) != len(seeds) or not prompts:
             raise ValueError(f"one seed per prompt is needed: {len(prompts)} prompts, {len(seeds)} seeds")
+        made = []
         with torch.no_grad():
             cond, null = Conditioning(*self.text.encode(prompts)), Conditioning(*self.text.encode([""]))
             for stage, options in zip(self.stages, sampling or self.sampling(), strict=True):
-                side = stage.config.resolution_px // self.codec.module.config.factor
-                raw = stage.sample(cond, null, seeds, side, options, on_step)
-            return decode_rows(self.codec.module, raw, options.rows)
+                low_res = _in_steps(stage.sample(cond, null, seeds, options, low_res, on_step))
+                made.append(low_res)
+        return made
+
+    def __call__(self, prompts: Sequence[str], seeds: Sequence[int], sampling: Sequence[SamplingConfig] | None = None,
+                 on_step: OnStep | None = None) -> Tensor:  # fmt: skip
+        """The pictures of the last stage, as `draw` makes them."""
+        return self.draw(prompts, seeds, sampling, on_step=on_step)[-1]
 
     def recipe(self, prompt: str, seed: int, sampling: Sequence[SamplingConfig]) -> dict[str, Any]:
         """What makes a picture again: no time, path, host or number of companions."""
@@ -196,7 +149,9 @@ class Cascade:
             raise UserError(f"{folder}: exists; a cascade is not written over")
         partial = folder.with_name(f"{folder.name}.tmp-{uuid.uuid4().hex[:8]}")
         partial.mkdir(parents=True)
-        save_codec(self.codec.module, partial / "codec")
+        codecs = {stage.config.codec: stage.codec for stage in self.stages}
+        for name, codec in codecs.items():
+            save_codec(codec.module, partial / name)
         text = self.text.config
         if text.kind != "minilm":
             (partial / "text").mkdir()
@@ -205,29 +160,26 @@ class Cascade:
             text = replace(text, path="text")
         for stage in self.stages:
             save_network(stage.denoiser.net, partial / stage.config.name / "unet")
-            config = replace(stage.config, codec_digest=codec_digest(partial / "codec"))
+            config = replace(stage.config, codec_digest=codec_digest(partial / stage.config.codec))
             write_json(partial / stage.config.name / "stage.json", to_dict(config))
         names = tuple(s.config.name for s in self.stages)
         write_json(partial / "cascade.json", to_dict(CascadeConfig(FORMAT, names, text)))
         os.replace(partial, folder)
 
 
-@torch.no_grad()
-def decode_rows(codec: LatentCodec, raw: Tensor, rows: int) -> Tensor:
-    """Decode raw latents (B, C, h, w) `rows` at a time, the last call padded -> pixels (B, 3, H, W) on the CPU."""
-    parts = []
-    raw = raw.to(next(codec.parameters()).device)
-    for start in range(0, len(raw), rows):
-        part = raw[start : start + rows]
-        padded = torch.cat([part, part[:1].expand(rows - len(part), *part.shape[1:])])
-        parts.append(codec.decode(padded)[: len(part)].cpu())
-    return torch.cat(parts)
+def _in_steps(pixels: Tensor) -> Tensor:
+    return (((pixels.clamp(-1, 1) + 1) * 127.5).round() / 127.5) - 1
 
 
-def build_denoiser(unet: UNetConfig, schedule: NoiseScheduleConfig, denoiser: DenoiserConfig,
-                   latent_channels: int, text_width: int) -> Denoiser:  # fmt: skip
-    """A denoiser with random weights for latents of `latent_channels`."""
-    return Denoiser(build_unet(unet, latent_channels, text_width), NoiseSchedule(schedule), denoiser)
+def check_chain(stages: Sequence[Stage]) -> None:
+    """Raise UserError unless each stage but the first enlarges pictures of the size that the one before makes."""
+    for before, stage in pairwise(stages):
+        name, wanted, made = stage.config.name, stage.config.input_px, before.config.resolution_px
+        if wanted is None:
+            raise UserError(f"stage {name} is a base, which draws from text alone: it can only be the first")
+        if wanted != made:
+            raise UserError(f"stage {name} enlarges pictures of {wanted} px, but {before.config.name} before it makes "
+                            f"{made} px; put a stage between them, or leave one out")  # fmt: skip
 
 
 def load_cascade(folder: str | Path, device: torch.device | str = "cpu") -> Cascade:
@@ -237,24 +189,64 @@ def load_cascade(folder: str | Path, device: torch.device | str = "cpu") -> Casc
     if not (folder / "cascade.json").is_file():
         check_weights_file(folder if folder.is_file() else folder / "cascade.json")
     config = parse(CascadeConfig, read_json(folder / "cascade.json"), str(folder / "cascade.json"))
-    codec = load_codec(folder / "codec")
+    configs = {n: parse(StageConfig, read_json(p), str(p)) for n in config.stages for p in [folder / n / "stage.json"]}
+    codecs = {name: load_codec(folder / name) for name in sorted({c.codec for c in configs.values()})}
+    for codec in codecs.values():
+        codec.module.to(device)
     text_config = config.text if config.text.path is None else replace(config.text, path=str(folder / "text"))
     text = load_text_encoder(text_config, device)
-    stages = [_load_stage(folder / name, codec, text, device) for name in config.stages]
-    codec.module.to(device)
-    digest = folder_digest(folder, "cascade.json", "codec", "text", *config.stages)
-    return Cascade(stages, codec, text, digest)
+    stages = [_load_stage(folder / n, c, codecs[c.codec], text.digest, device) for n, c in configs.items()]
+    check_chain(stages)
+    return Cascade(stages, text, folder_digest(folder, "cascade.json", *codecs, "text", *config.stages))
 
 
-def _load_stage(folder: Path, codec: Codec, text: TextEncoder, device: torch.device | str) -> Stage:
-    config = parse(StageConfig, read_json(folder / "stage.json"), str(folder / "stage.json"))
-    for part, mine, found in (("codec", config.codec_digest, codec.digest), ("text", config.text_digest, text.digest)):
+def join(folders: Sequence[str | Path], out: str | Path) -> Path:
+    """Write the stages of cascade folders, in order, as one cascade into `out`; returns it.
+
+    Raises UserError where a stage does not enlarge what the one before makes, names repeat, or `out` exists. Stages
+    may differ in their codecs, but share the text encoder of the first folder that must be all of theirs.
+    """
+    parts = [load_cascade(folder) for folder in folders]
+    stages: list[Stage] = []
+    taken: dict[str, str] = {}
+    for part, folder in zip(parts, folders, strict=True):
+        if part.text.digest != parts[0].text.digest:
+            raise UserError(f"{folder}: another text encoder than that of {folders[0]}; train one stage again with it")
+        for stage in part.stages:
+            name = next(n for n in _codec_names(stage.config.codec) if taken.get(n, stage.codec.digest)
+                        == stage.codec.digest)  # fmt: skip
+            taken[name] = stage.codec.digest
+            stages.append(replace(stage, config=replace(stage.config, codec=name)))
+    names = tuple(stage.config.name for stage in stages)
+    try:
+        CascadeConfig(FORMAT, names, parts[0].text.config)
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    check_chain(stages)
+    Cascade(stages, parts[0].text).save(Path(out))
+    return Path(out)
+
+
+def _codec_names(name: str) -> Iterator[str]:
+    yield name
+    yield from (f"{name}_{number}" for number in count(2))
+
+
+def _load_stage(folder: Path, config: StageConfig, codec: Codec, text_digest: str,
+                device: torch.device | str) -> Stage:  # fmt: skip
+    for part, mine, found in (("codec", config.codec_digest, codec.digest), ("text", config.text_digest, text_digest)):
         if mine != found:
             raise UserError(
                 f"{folder}: was trained with another {part} ({mine[:12]}) than the one beside it ({found[:12]}); "
                 "put back the folder as it was saved"
             )
+    shape = codec.module.config
+    if config.latent_channels != shape.latent_channels:
+        raise UserError(f"{folder}: draws {config.latent_channels} channels, its codec has {shape.latent_channels}")
+    extra = config.low_res.channels(shape.factor) if config.low_res else 0
     net = load_network(
-        lambda: build_unet(config.unet, config.latent_channels, config.text_width), folder / "unet" / NETWORK_FILE
+        lambda: build_unet(config.unet, config.latent_channels, config.text_width, extra),
+        folder / "unet" / NETWORK_FILE,
     )
-    return Stage(config, Denoiser(net, NoiseSchedule(config.schedule), config.denoiser).to(device).eval())
+    denoiser = Denoiser(net, NoiseSchedule(config.schedule), config.denoiser).to(device).eval()
+    return Stage(config, denoiser, codec)

@@ -12,8 +12,9 @@ import torch
 
 from ldm.config import UserError
 from ldm.progress import advancing
-from pipelines.cascade import MAX_GUIDANCE, MAX_STEPS, Cascade, load_cascade
+from pipelines.cascade import Cascade, load_cascade
 from pipelines.images import grid, save_png, to_uint8
+from pipelines.stage import MAX_GUIDANCE, MAX_STEPS
 
 SHIPPED = Path(__file__).parent / "weights" / "emoji"
 MAX_SEED = 2**63 - 1
@@ -23,12 +24,15 @@ MAX_PROMPT_CHARS = 20_000
 
 def generate(prompts: Sequence[str], model: str | Path | None = None, n: int = 4, seed: int = 7,
              steps: int | None = None, guidance: float | None = None, out: str | Path = "out",
-             overwrite: bool = False, device: str | None = None,
+             overwrite: bool = False, device: str | None = None, overrides: Sequence[str] = (),
+             stages: Sequence[str] = (), keep_stages: bool = False,
              tell: Callable[[str], None] = lambda line: None) -> Path:  # fmt: skip
     """Write `n` pictures per prompt and grid.png into `out`; returns the grid's path.
 
     Picture i of prompt j is file j n + i, made with seed + i; seed -1 draws one at random, which the pictures'
-    metadata record. device: None is the GPU where there is one.
+    metadata record. device: None is the GPU where there is one. steps and guidance are those of the first stage;
+    overrides set anything of any, such as "sr.steps=4". stages: the names of those to run, all by default;
+    keep_stages: write each stage's picture too, as 0000-base.png.
     tell: gets a line for each thing the user should know (truncation, empty prompts, the seed).
     Raises UserError, before any work, for values out of range, a model that cannot be used, or files in the way.
     """
@@ -40,13 +44,20 @@ def generate(prompts: Sequence[str], model: str | Path | None = None, n: int = 4
     names = [f"{k:04d}.png" for k in range(len(prompts) * n)] + ["grid.png"]
     check_out(out, names, overwrite)
     cascade = load_cascade(model or SHIPPED, device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    cascade = cascade.only(*stages) if stages else cascade
+    if cascade.stages[0].config.low_res is not None:
+        name = cascade.stages[0].config.name
+        raise UserError(f"stage {name} enlarges pictures and draws none: `ldm upscale` runs it")
+    kept = [stage.config.name for stage in cascade.stages[:-1]] if keep_stages else []
+    names += [f"{k:04d}-{stage}.png" for k in range(len(prompts) * n) for stage in kept]
+    check_out(out, names, overwrite)
     side = cascade.stages[-1].config.resolution_px
     if len(prompts) * n * side**2 > MAX_PIXELS:
         raise UserError(
             f"{len(prompts)} prompts x n {n} at {side} px is too much for one call; at most "
             f"{MAX_PIXELS // side**2} pictures"
         )
-    sampling = cascade.sampling(steps, guidance)
+    sampling = cascade.sampling(steps, guidance, overrides)
     for prompt in (p for p in prompts if len(p) > MAX_PROMPT_CHARS):
         tell(f"prompt {prompt[:40]!a}: the first {MAX_PROMPT_CHARS} of {len(prompt)} characters are read")
     prompts = [prompt[:MAX_PROMPT_CHARS] for prompt in prompts]
@@ -56,13 +67,18 @@ def generate(prompts: Sequence[str], model: str | Path | None = None, n: int = 4
     asked = [(prompt, seed + i) for prompt in prompts for i in range(n)]
     calls = sum(o.steps * math.ceil(len(asked) / o.rows) for o in sampling)
     with advancing("denoising", calls) as advance:
-        drawn = cascade([p for p, _ in asked], [s for _, s in asked], sampling, lambda _done, _of: advance())
-    pictures = to_uint8(drawn)
+        drawn = cascade.draw(
+            [p for p, _ in asked], [s for _, s in asked], sampling, on_step=lambda _done, _of: advance()
+        )
+    pictures = to_uint8(drawn[-1])
     columns = n if len(prompts) > 1 else min(n, math.ceil(math.sqrt(n)))
     try:
         out.mkdir(parents=True, exist_ok=True)
         for name, picture, (prompt, number) in zip(names, pictures, asked, strict=False):
             save_png(picture, out / name, cascade.recipe(prompt, number, sampling))
+        for stage, made in zip(kept, drawn, strict=False):
+            for k, picture in enumerate(to_uint8(made)):
+                save_png(picture, out / f"{k:04d}-{stage}.png")
         save_png(grid(list(pictures), columns), out / "grid.png")
     except OSError as error:
         why = error.strerror or error

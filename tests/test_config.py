@@ -15,8 +15,10 @@ import yaml
 from ldm.config import ConfigError, UserError, load, parse, to_yaml
 from ldm.latents import CodecConfig, Normalisation
 from training import engine
+from training.autoencoder import AutoencoderRun
+from training.diffusion import DiffusionRun
 from training.engine import LoopConfig, check_precision
-from training.tasks import AutoencoderRun, DiffusionRun, RunConfig
+from training.tasks import RunConfig
 
 # configs/accelerate holds files of the launcher, for tests/test_launch_configs.py
 CONFIGS = sorted(p for p in Path("configs").rglob("*.yaml") if p.parent.name != "accelerate")

@@ -42,7 +42,7 @@ def training(steps: int) -> Iterator[nn.Module]:
     from ldm.denoiser import DenoiserConfig
     from ldm.models.unet import UNetConfig
     from ldm.noise import NoiseScheduleConfig
-    from pipelines.cascade import build_denoiser
+    from pipelines.stage import build_denoiser
     from training.optim import OptimConfig, build_optimizer
 
     unet = UNetConfig(widths=(8, 16), layers_per_block=1, attention=(False, True), heads=2, norm_groups=4)

@@ -17,9 +17,9 @@ import psutil
 import pytest
 from PIL import Image
 
+from ldm import decode, workers
 from ldm.config import UserError
 from training import data as reading
-from training import decode, workers
 from training.data import DataConfig, Reader
 from training.workers import Broken, Pool, Slow
 
@@ -198,7 +198,7 @@ def test_signals_to_the_whole_job_leave_the_workers_to_their_parent() -> None:
 
 
 def test_workers_are_light() -> None:
-    code = "import sys; import training.workers, training.decode; print(*sys.modules)"
+    code = "import sys; import training.workers, ldm.decode; print(*sys.modules)"
     modules = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     assert {"PIL.Image", "numpy"} <= set(modules.split())
     assert not {"torch", "datasets", "pyarrow", "pydantic", "yaml"} & set(modules.split())

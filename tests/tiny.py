@@ -14,7 +14,8 @@ from ldm.models.unet import UNetConfig
 from ldm.noise import NoiseScheduleConfig
 from ldm.text import TextConfig, load_text_encoder
 from ldm.weights import Codec
-from pipelines.cascade import Cascade, SamplingConfig, Stage, StageConfig, build_denoiser
+from pipelines.cascade import Cascade
+from pipelines.stage import SamplingConfig, Stage, StageConfig, build_denoiser
 from tests.tiny_text import TINY
 
 RESOLUTION_PX = 64
@@ -45,8 +46,8 @@ def tiny_cascade(text: TextConfig) -> Cascade:
         codec_digest="",
         text_digest=encoder.digest,
     )
-    stage = Stage(config, network.eval().requires_grad_(False))
-    return Cascade([stage], Codec(codec, ""), encoder)
+    stage = Stage(config, network.eval().requires_grad_(False), Codec(codec, ""))
+    return Cascade([stage], encoder)
 
 
 def save_tiny_cascade(parent: Path, kind: str) -> Path:

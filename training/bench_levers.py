@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from training.bench_tools import ROOT, Bare, Engine, Setup, Table, interleaved, ratios, seconds
+from training.diffusion import DiffusionTask
 from training.ema import Ema, EmaConfig, decay
 from training.environment import prepare_process
 from training.loader import batches
@@ -21,7 +22,7 @@ from training.plan import FORMATS
 from training.processes import process_state
 from training.shard import blocks
 from training.steps import diffusion_inputs
-from training.tasks import DiffusionTask, build_task
+from training.tasks import build_task
 
 DRAWS = 200
 POOL_ROUNDS = 64
@@ -114,7 +115,7 @@ def _stratification(setup: Setup, table: Table) -> None:
     size = config.loop.batch
     loader = batches(task.cache, config.seed, 0, size, size)
     pool = torch.stack([
-        own.denoiser.loss(*diffusion_inputs(next(loader), own.denoiser, own.normalisation, own.null, config.dropout))
+        own.denoiser.loss(*diffusion_inputs(next(loader), own.denoiser, own.frozen))
         for _ in range(setup.times(POOL_ROUNDS, 8))
     ])  # fmt: skip
     generator = torch.Generator().manual_seed(config.seed)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ldm.text import TextEncoder
 from ldm.weights import Codec
-from training import tasks
+from training import autoencoder, diffusion
 from training.bench_tools import (
     ROOT,
     Bare,
@@ -30,12 +30,13 @@ from training.bench_tools import (
     seconds,
 )
 from training.data import Example, Reader
+from training.diffusion import DiffusionTask
 from training.encode import encode
 from training.encoders import ENCODE_ROWS, codec_moments, in_order
 from training.loader import Batch
 from training.online import Online
 from training.plan import FORMATS, peak_bytes
-from training.tasks import DiffusionTask, build_task, load_parts
+from training.tasks import build_task, load_parts
 
 
 def machine(setup: Setup, table: Table) -> None:
@@ -101,9 +102,9 @@ def _loading(engine: Engine) -> Iterator[Stopwatch]:
     """Times what a step does before the network's work: the next batch, what it reads and its draws."""
     watch = Stopwatch()
     engine.loader = watch.each(engine.loader)
-    drawn: list[tuple[Any, str]] = [(tasks, "diffusion_inputs")]
+    drawn: list[tuple[Any, str]] = [(diffusion, "diffusion_inputs")]
     if engine.config.kind == "autoencoder":
-        drawn = [(tasks, "training_squares"), (Batch, "normal")]
+        drawn = [(autoencoder, "training_squares"), (Batch, "normal")]
     with ExitStack() as patches:
         for owner, name in drawn:
             patches.enter_context(patch.object(owner, name, watch.timed(getattr(owner, name))))

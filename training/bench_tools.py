@@ -22,13 +22,15 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ldm.config import load
 from training import loop
+from training.autoencoder import AutoencoderRun, AutoencoderTask
+from training.diffusion import DiffusionRun, DiffusionTask
 from training.engine import start
 from training.loader import Batch, batches
 from training.optim import build_optimizer
 from training.plan import FORMATS
 from training.steps import autoencoder_step, diffusion_inputs, diffusion_step, training_squares
 from training.stop import Stop
-from training.tasks import AutoencoderRun, AutoencoderTask, DiffusionRun, DiffusionTask, RunConfig, build_task
+from training.tasks import RunConfig, build_task
 
 ROOT = Path(__file__).parent.parent
 CODEC = "pipelines/weights/emoji/codec"
@@ -217,7 +219,7 @@ def ready_loss(task: AutoencoderTask | DiffusionTask, config: AutoencoderRun | D
         noise = batch.normal((config.codec.latent_channels, side, side))
         return lambda module: autoencoder_step(module.codec, pixels, noise, config.reconstruction).losses[0]
     own: Any = task.module
-    inputs = diffusion_inputs(batch, own.denoiser, own.normalisation, own.null, config.dropout)
+    inputs = diffusion_inputs(batch, own.denoiser, own.frozen)
     return lambda module: diffusion_step(module.denoiser, inputs).losses[0]
 
 

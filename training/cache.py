@@ -1,6 +1,7 @@
 """The cache of what never changes in training: its format, key, manifest and the one reader.
 
-    CACHE/<key>/shard-00000.safetensors  `pixels` (n, S, S, 3) uint8 or `moments` (n, 2C, h, w) float16 of block 0
+    CACHE/<key>/shard-00000.safetensors  `pixels` (n, S, S, 3) uint8 or `moments` (n, 2C, h, w) float16 of block 0;
+                                         with a scale also `low_res` (n, S / scale, S / scale, 3) uint8
     CACHE/<key>/shard-00000.json         its items (key, captions, fields), refused samples, sums; written after them
     CACHE/<key>/text-00000.safetensors   of CAPTION_BLOCK distinct captions: `states` (tokens, D) float16 end to end,
                                          `offsets` (captions + 1,) int64; caption 0 is the empty one, the null
@@ -18,10 +19,13 @@ import hashlib
 import json
 from bisect import bisect_right
 from collections.abc import Iterable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import accumulate
 from pathlib import Path
+from shutil import copyfileobj
+from tempfile import TemporaryFile
 from typing import Any
 
 import numpy as np
@@ -36,7 +40,7 @@ from ldm.latents import Normalisation
 
 FORMAT = 2
 CAPTION_BLOCK = 4096
-HEADER_BYTES = 256
+HEADER_BYTES = 512
 MANIFEST, INDEX = "manifest.json", "index.safetensors"
 OPEN_FILES = 4096  # mapped at once; the kernel allows about 65,000
 OPEN_RECORDS = 4
@@ -44,7 +48,8 @@ OPEN_RECORDS = 4
 
 @dataclass(frozen=True)
 class CacheKey:
-    """What a cache depends on. codec: digest, or None for a cache of pixels; text: digest, or None."""
+    """What a cache depends on. codec: digest, or None for a cache of pixels; text: digest, or None; scale: of the
+    small pictures kept beside the large, or None for none."""
 
     data: str
     size_px: int
@@ -52,6 +57,7 @@ class CacheKey:
     max_pixels: int
     codec: str | None
     text: str | None
+    scale: int | None = None
 
     @property
     def digest(self) -> str:
@@ -71,22 +77,32 @@ def text_name(number: int) -> str:
     return f"text-{number:05d}"
 
 
-def save_rows(path: Path, name: str, parts: Iterable[Tensor]) -> None:
-    """A safetensors file of one tensor whose rows come in parts, so that a shard need not fit in memory.
+def save_rows(path: Path, names: Sequence[str], parts: Iterable[Sequence[Tensor]]) -> None:
+    """A safetensors file of tensors whose rows come in parts, so that a shard need not fit in memory.
 
     The header comes first and needs the number of rows: its place is kept, and filled in last, padded with spaces
-    as the format allows.
+    as the format allows. A tensor follows another whole: those after the first wait in files of their own.
     """
     dtypes = {torch.uint8: "U8", torch.float16: "F16"}
-    rows, shape, dtype = 0, [0], "U8"
-    with path.open("wb") as file:
+    entries = {name: {"dtype": "U8", "shape": [0]} for name in names}
+    rows = 0
+    with path.open("wb") as file, ExitStack() as stack:
         file.write(bytes(HEADER_BYTES))
+        others = [stack.enter_context(TemporaryFile(dir=path.parent)) for _ in names[1:]]
+        files: list[Any] = [file, *others]
         for part in parts:
-            file.write(part.numpy().data)
-            rows, shape, dtype = rows + len(part), list(part.shape[1:]), dtypes[part.dtype]
-        span = [0, file.tell() - HEADER_BYTES]
-        header = json.dumps({name: {"dtype": dtype, "shape": [rows, *shape], "data_offsets": span}}).encode()
-        header = header.ljust(HEADER_BYTES - 8)
+            rows += len(part[0])
+            for name, to, tensor in zip(names, files, part, strict=True):
+                to.write(tensor.numpy().data)
+                entries[name] = {"dtype": dtypes[tensor.dtype], "shape": [rows, *tensor.shape[1:]]}
+        begin = 0
+        for name, other in zip(names, [None, *others], strict=True):
+            if other is not None:
+                other.seek(0)
+                copyfileobj(other, file)
+            end = file.tell() - HEADER_BYTES
+            entries[name]["data_offsets"], begin = [begin, end], end
+        header = json.dumps(entries).encode().ljust(HEADER_BYTES - 8)
         file.seek(0)
         file.write(len(header).to_bytes(8, "little") + header)
 
@@ -133,7 +149,13 @@ class Cache:
 
     def stored(self, indices: Sequence[int]) -> Tensor:
         """The stored tensors of items, stacked: pixels (B, S, S, 3) uint8 or moments (B, 2C, h, w) float16."""
-        name = "pixels" if self.key.codec is None else "moments"
+        return self._rows("pixels" if self.key.codec is None else "moments", indices)
+
+    def low_res(self, indices: Sequence[int]) -> Tensor:
+        """The small pictures of items, stacked: (B, s, s, 3) uint8; of a cache with a scale."""
+        return self._rows("low_res", indices)
+
+    def _rows(self, name: str, indices: Sequence[int]) -> Tensor:
         found = []
         for index in indices:
             shard, place = self._place(index)

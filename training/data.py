@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from ldm.config import UserError
+from ldm.decode import BadImage, Pixels, read_image, square, try_square
 from ldm.progress import progress
-from training.decode import BadImage, Pixels, read_image, square, try_square
 from training.rows import DataConfig, Row, shown
 from training.sources import Block, Collection, Pictures, digest_of, fingerprint, open_source
 from training.workers import DEATHS, Broken, Pool, Slow

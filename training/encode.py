@@ -31,7 +31,7 @@ from ldm.text import TextEncoder
 from ldm.weights import Codec
 from training.cache import CAPTION_BLOCK, FORMAT, INDEX, MANIFEST, Cache, CacheKey, save_rows, shard_name, text_name
 from training.data import BadImage, Block, Example, Reader, Report, Row
-from training.encoders import LatentSums, caption_states, picture_tensors
+from training.encoders import LatentSums, caption_states, picture_tensors, small_pictures
 from training.files import lock, sha256, sweep, write_atomically
 from training.processes import process_state
 from training.rows import shown
@@ -41,15 +41,16 @@ PLAN_PICTURES, PLAN_BLOCKS = 64, 8
 ENTRY_BYTES = 120  # of a caption in a dict of Python, beside the caption itself
 
 
-def encode(reader: Reader, root: str | Path, codec: Codec | None = None,
-           text: TextEncoder | None = None) -> Cache:  # fmt: skip
+def encode(reader: Reader, root: str | Path, codec: Codec | None = None, text: TextEncoder | None = None,
+           scale: int | None = None) -> Cache:  # fmt: skip
     """The cache of what `reader` reads, written under `root` unless it is there already.
 
     Every process of the launch calls it; their number, and what was interrupted before, change no byte of it.
-    codec None keeps the pixels themselves; text None keeps no text states.
+    codec None keeps the pixels themselves; text None keeps no text states; with a scale, pictures of 1 / scale the
+    side are kept too.
     Raises UserError when too much of the data is bad, an encoder gives non-finite values or nothing can be written.
     """
-    key = cache_key(reader, codec, text)
+    key = cache_key(reader, codec, text, scale)
     folder = key.folder(root)
     manifest = folder / MANIFEST
     with _team() as team, _disk_errors(folder):
@@ -64,12 +65,12 @@ def encode(reader: Reader, root: str | Path, codec: Codec | None = None,
     return Cache(folder)
 
 
-def cache_key(reader: Reader, codec: Codec | None, text: TextEncoder | None) -> CacheKey:
+def cache_key(reader: Reader, codec: Codec | None, text: TextEncoder | None, scale: int | None = None) -> CacheKey:
     """The key of the cache of these."""
     config = reader.config
     return CacheKey(
         reader.fingerprint, config.size_px, config.background, config.max_pixels,
-        codec.digest if codec else None, text.digest if text else None
+        codec.digest if codec else None, text.digest if text else None, scale
     )  # fmt: skip
 
 
@@ -188,10 +189,10 @@ class _Job:
     def _write_shard(self, number: int, block: Block, advance: Callable[[], None]) -> dict[str, Any]:
         report, sums = Report(), LatentSums()
         items: list[dict[str, Any]] = []
-        name = "moments" if self.codec else "pixels"
+        names = ["moments" if self.codec else "pixels", *(["low_res"] if self.key.scale else [])]
         codec = self.codec.module if self.codec else None
 
-        def tensors() -> Iterator[Tensor]:
+        def tensors() -> Iterator[list[Tensor]]:
             with closing(picture_tensors(self.reader.examples(block, report), codec)) as computed:
                 for group, tensor in computed:
                     if codec is not None:
@@ -199,13 +200,13 @@ class _Job:
                     for example in group:
                         items.append(_item(example))
                         advance()
-                    yield tensor
+                    yield [tensor, *([small_pictures(group, self.key.scale)] if self.key.scale else [])]
 
         def facts() -> dict[str, Any]:
             seen = {"block": block.name, "seen": report.seen, "refused": report.bad}
             return {**seen, "items": items, "sums": sums.plain()}
 
-        return self._write_part(shard_name(number), lambda path: save_rows(path, name, tensors()), facts)
+        return self._write_part(shard_name(number), lambda path: save_rows(path, names, tensors()), facts)
 
     def _write_text(self, number: int, captions: list[str]) -> None:
         assert self.text is not None

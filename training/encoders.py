@@ -20,6 +20,7 @@ from torch import Tensor
 from ldm.config import UserError
 from ldm.draws import keyed_generator
 from ldm.latents import LatentCodec, sample_moments
+from ldm.low_res import DegradationConfig, degrade
 from ldm.text import TextEncoder
 from training.data import Example
 from training.rows import shown
@@ -60,7 +61,7 @@ def codec_moments(codec: LatentCodec, pixels: Tensor) -> Tensor:
     """uint8 pixels (B, H, W, 3), B at most ENCODE_ROWS -> moments (B, 2C, h, w) float32, computed at ENCODE_ROWS."""
     count = len(pixels)
     padded = torch.cat([pixels, pixels[:1].expand(ENCODE_ROWS - count, *pixels.shape[1:])])
-    padded = padded.to(next(codec.parameters()).device)
+    padded = padded.to(codec.device)
     planes = padded.permute(0, 3, 1, 2).contiguous()  # convolutions are a sixth slower on interleaved channels
     return codec.encode(planes.float() / 127.5 - 1)[:count].cpu()
 
@@ -74,13 +75,18 @@ def picture_tensors(examples: Iterable[Example],
         pixels = torch.from_numpy(np.stack([example.pixels for example in group]))
         return group, pixels if codec is None else codec_moments(codec, pixels).half().contiguous()
 
-    device = torch.device("cpu") if codec is None else next(codec.parameters()).device
+    device = torch.device("cpu") if codec is None else codec.device
     with closing(in_order(compute, _groups(examples, ENCODE_ROWS), threads_for(device))) as computed:
         for group, tensor in computed:
             if codec is not None and not bool((finite := tensor.isfinite().flatten(1).all(1)).all()):
                 key = shown(group[int((~finite).nonzero()[0])].key)
                 raise UserError(f"{key}: the codec gives non-finite latents for it; remove it, or train another codec")
             yield group, tensor
+
+
+def small_pictures(examples: Sequence[Example], scale: int) -> Tensor:
+    """What a cache keeps of the low-resolution pictures of a group: uint8 (B, S / scale, S / scale, 3), by area."""
+    return degrade(torch.from_numpy(np.stack([e.pixels for e in examples])), scale, DegradationConfig())
 
 
 def caption_states(text: TextEncoder, captions: Sequence[str]) -> list[Tensor]:
@@ -117,7 +123,11 @@ class LatentSums:
         shape = (moments.shape[1] // 2, *moments.shape[2:])
         generators = [keyed_generator("statistics", block, first + row) for row in range(len(moments))]
         noise = torch.stack([torch.randn(shape, generator=generator) for generator in generators])
-        raw = sample_moments(moments.float(), noise).double().numpy()
+        self.add_latents(sample_moments(moments.float(), noise))
+
+    def add_latents(self, latents: Tensor) -> None:
+        """Add raw latents (B, C, h, w)."""
+        raw = latents.double().numpy()
         per_channel = raw.size // raw.shape[1]
         # numpy adds in one order whatever the number of threads
         self.merge(LatentSums(per_channel, raw.sum((0, 2, 3)).tolist(), (raw**2).sum((0, 2, 3)).tolist()))

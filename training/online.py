@@ -22,7 +22,7 @@ from ldm.weights import Codec
 from training.cache import padded
 from training.data import BadImage, Example, Reader, Report
 from training.encode import cache_key
-from training.encoders import LatentSums, caption_states, picture_tensors
+from training.encoders import LatentSums, caption_states, picture_tensors, small_pictures
 from training.rows import shown
 
 STATISTICS_ITEMS = 4096
@@ -41,8 +41,9 @@ class Online:
     Every process of a launch has its own, and all are equal. Raises UserError when too much of the data is bad.
     """
 
-    def __init__(self, reader: Reader, codec: Codec | None = None, text: TextEncoder | None = None) -> None:
-        self.key = cache_key(reader, codec, text)
+    def __init__(self, reader: Reader, codec: Codec | None = None, text: TextEncoder | None = None,
+                 scale: int | None = None) -> None:  # fmt: skip
+        self.key = cache_key(reader, codec, text, scale)
         self._reader, self._codec, self._text = reader, codec, text
         self._rows, self._blocks = [], []
         self._report = Report()
@@ -75,6 +76,11 @@ class Online:
         codec = self._codec.module if self._codec else None
         with closing(picture_tensors(map(self._example, indices), codec)) as computed:
             return torch.cat([tensor for _, tensor in computed])
+
+    def low_res(self, indices: Sequence[int]) -> Tensor:
+        """The small pictures of items, stacked: (B, s, s, 3) uint8; of a set with a scale."""
+        assert self.key.scale is not None
+        return small_pictures([self._example(index) for index in indices], self.key.scale)
 
     def captions(self, index: int) -> list[int]:
         """Indices of an item's captions, at least one."""

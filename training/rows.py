@@ -13,7 +13,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
 from ldm.config import Config, UserError
-from training.decode import MAX_PIXELS_LIMIT, read_regular
+from ldm.decode import MAX_PIXELS_LIMIT, read_regular
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".jfif", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif")
 CAPTION_FIELDS = ("captions", "caption", "text")

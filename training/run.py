@@ -17,7 +17,9 @@ from typing import Any, get_args
 from ldm.config import UserError, load, to_dict, to_yaml
 from ldm.weights import read_json, write_json
 from training import checkpoint, loop
+from training.autoencoder import AutoencoderRun
 from training.cache import Cache
+from training.diffusion import DiffusionRun
 from training.encode import plan as encode_plan
 from training.engine import LoopConfig, Resume, check_precision
 from training.environment import environment, prepare_process
@@ -27,7 +29,7 @@ from training.plan import Plan
 from training.posthoc import combine
 from training.processes import check_world, process_state, together
 from training.stop import Stop
-from training.tasks import AutoencoderRun, DiffusionRun, RunConfig, build_task, load_parts
+from training.tasks import RunConfig, build_task, load_parts
 
 # Changing these between two legs of a run changes no weight but through its length, or by the order of sums.
 _FREE = ("loop.images", "loop.accumulation", "loop.processes", "loop.process_timeout_s", "loop.sharding",

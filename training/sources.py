@@ -19,7 +19,7 @@ from functools import cached_property, partial
 from pathlib import Path, PurePosixPath
 from typing import Any, Protocol
 
-from training.decode import TAR_HEADER, Source, again
+from ldm.decode import TAR_HEADER, Source, again
 from training.rows import (
     CAPTION_FIELDS,
     CONVERT,

@@ -5,8 +5,9 @@ No optimizer and no process here. Draws come from each item's own generator, alw
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,7 +17,10 @@ from ldm.conditioning import Conditioning
 from ldm.config import Config
 from ldm.denoiser import Denoiser
 from ldm.latents import LatentCodec, Normalisation, kl_to_standard_normal, sample_moments
+from ldm.low_res import NULL_LEVEL, DegradationConfig, LowResConfig, condition_low_res, degrade, enlarge
+from training.cache import Cache
 from training.loader import Batch
+from training.online import Online
 
 
 class StepResult(NamedTuple):
@@ -80,6 +84,39 @@ def autoencoder_step(codec: LatentCodec, pixels: Tensor, noise: Tensor, config: 
     return StepResult([loss], {"l1": l1.detach(), "mse": l2.detach(), "kl_per_dim": kl.detach()})
 
 
+@dataclass(frozen=True)
+class UpscalingConfig(Config):
+    """What an SR stage is trained on: crops of `crop_px` of the large picture (None: all of it), small pictures made
+    by `degradation`, and replaced by the null for a share `dropout` of the items, apart from the text's."""
+
+    crop_px: int | None = None
+    dropout: float = 0.1
+    degradation: DegradationConfig = DegradationConfig()
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout is a share, from 0 to below 1, not {self.dropout}")
+        if self.crop_px is not None and self.crop_px < 8:
+            raise ValueError("crop_px must be at least 8")
+
+
+@dataclass(frozen=True)
+class Frozen:
+    """What a diffusion stage does not train. null: of the text, one item; dropout: of the text.
+
+    times: the noise levels trained on; "last" is t = 1 alone, where a network sees noise only: it then learns the
+    mean of what it is asked for, and one step draws that.
+    """
+
+    codec: LatentCodec
+    normalisation: Normalisation
+    null: Conditioning
+    dropout: float
+    low_res: LowResConfig | None = None
+    upscaling: UpscalingConfig = UpscalingConfig()
+    times: Literal["all", "last"] = "all"
+
+
 class DiffusionInputs(NamedTuple):
     """Everything a diffusion step draws: latents and noise (B, C, h, w), t (B,) float64, conditioning."""
 
@@ -89,19 +126,80 @@ class DiffusionInputs(NamedTuple):
     cond: Conditioning
 
 
-def diffusion_inputs(batch: Batch, denoiser: Denoiser, normalisation: Normalisation, null: Conditioning,
-                     dropout: float) -> DiffusionInputs:  # fmt: skip
-    """Draw caption, posterior sample, noise, stratified t and text dropout of each item."""
+def diffusion_inputs(batch: Batch, denoiser: Denoiser, frozen: Frozen) -> DiffusionInputs:
+    """Draw caption, posterior sample, noise, stratified t and text dropout of each item; for SR also what makes the
+    small picture, its level, the noise of that level, its dropout and the crop."""
     captions = [batch.cache.captions(i) for i in batch.indices]
     chosen = batch.integers([len(c) for c in captions])
-    moments = batch.stored().float()
-    shape = (moments.shape[1] // 2, *moments.shape[2:])
-    x0 = normalisation.apply(sample_moments(moments, batch.normal(shape)))
-    eps = batch.normal(shape)
+    stored, small = batch.stored(), small_pictures(batch.cache, batch.indices, frozen, batch.generators)
+    channels = frozen.codec.config.latent_channels
+    side = stored.shape[-1 if stored.dtype != torch.uint8 else 1]
+    side = side if stored.dtype != torch.uint8 else side // frozen.codec.config.factor
+    noise = batch.normal((channels, side, side)) if frozen.codec.autoencoder is not None else None
+    x0 = frozen.normalisation.apply(raw_latents(stored, small, frozen, noise))
+    window = _windows(batch, side, frozen)
+    x0 = window(x0)
+    eps = batch.normal(tuple(x0.shape[1:]))
     u = (torch.tensor(batch.places, dtype=torch.float64) + batch.uniform()) / batch.global_size
+    t = denoiser.schedule.draw_t(u) if frozen.times == "all" else torch.ones_like(u)
     text = batch.cache.text([c[k] for c, k in zip(captions, chosen, strict=True)])
-    cond = text.where(batch.uniform() >= dropout, null)
-    return DiffusionInputs(x0, eps, denoiser.schedule.draw_t(u), cond)
+    cond = text.where(batch.uniform() >= frozen.dropout, frozen.null)
+    if frozen.low_res is not None and small is not None:
+        level = frozen.low_res.max_level * batch.uniform()
+        level = torch.where(batch.uniform() >= frozen.upscaling.dropout, level, NULL_LEVEL)
+        added = batch.normal((frozen.low_res.channels(frozen.codec.config.factor), side, side))
+        seen = condition_pictures(small, level, added, frozen)
+        cond = cond.join(Conditioning(low_res=window(seen), level=level))
+    return DiffusionInputs(x0, eps, t, cond)
+
+
+def small_pictures(cache: Cache | Online, indices: Sequence[int], frozen: Frozen,
+                   generators: Sequence[torch.Generator] | None = None) -> Tensor | None:  # fmt: skip
+    """Small pictures of items, uint8 (B, S / scale, S / scale, 3): cached, or made now of cached pixels, by the
+    stage's degradation with generators and by area without; None for a base."""
+    if frozen.low_res is None:
+        return None
+    if cache.key.codec is not None:
+        return cache.low_res(indices)
+    degradation = DegradationConfig() if generators is None else frozen.upscaling.degradation
+    return degrade(cache.stored(indices), frozen.low_res.scale, degradation, generators or ())
+
+
+def raw_latents(stored: Tensor, small: Tensor | None, frozen: Frozen, noise: Tensor | None = None) -> Tensor:
+    """What is cached of whole pictures -> raw latents (B, C, h, w): a posterior draw, or its mean without noise; for
+    a residual stage, less the latent of the enlarged small picture."""
+    with torch.no_grad():
+        moments = frozen.codec.encode(planes(stored)) if stored.dtype == torch.uint8 else stored.float()
+        raw = moments.chunk(2, dim=1)[0] if noise is None else sample_moments(moments, noise.to(moments))
+        if frozen.low_res is not None and frozen.low_res.residual and small is not None:
+            large = enlarge(planes(small), frozen.low_res.scale)
+            raw = raw - frozen.codec.encode(large).chunk(2, dim=1)[0]
+    return raw
+
+
+def condition_pictures(small: Tensor, level: Tensor, noise: Tensor, frozen: Frozen) -> Tensor:
+    """`condition_low_res` of uint8 pictures (B, s, s, 3); those at NULL_LEVEL are the null, zeros under its noise."""
+    assert frozen.low_res is not None
+    shown = planes(small) * (level < NULL_LEVEL).view(-1, 1, 1, 1)
+    return condition_low_res(shown, level, noise, frozen.low_res, frozen.codec.config.factor)
+
+
+def planes(pictures: Tensor) -> Tensor:
+    """Pictures (B, H, W, 3) uint8 -> (B, 3, H, W) in [-1, 1]."""
+    return pictures.permute(0, 3, 1, 2).float() / 127.5 - 1
+
+
+def _windows(batch: Batch, side: int, frozen: Frozen) -> Callable[[Tensor], Tensor]:
+    """The same crop of each item for all grids; none is drawn where nothing is cropped."""
+    crop = frozen.upscaling.crop_px
+    cells = side if crop is None or frozen.low_res is None else crop // frozen.codec.config.factor
+    if cells == side:
+        return lambda grids: grids
+    tops, lefts = (batch.integers([side - cells + 1] * len(batch)) for _ in range(2))
+    places = list(zip(tops, lefts, strict=True))
+    return lambda grids: torch.stack([
+        grid[:, top : top + cells, left : left + cells] for grid, (top, left) in zip(grids, places, strict=True)
+    ])
 
 
 def diffusion_step(denoiser: Denoiser, inputs: DiffusionInputs) -> StepResult:

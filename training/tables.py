@@ -20,7 +20,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ldm.config import UserError
-from training.decode import Source, again
+from ldm.decode import Source, again
 from training.rows import (
     CAPTION_FIELDS,
     LAYOUTS,

@@ -14,6 +14,8 @@ class UNetConfig(Config):
     """A U-Net with one level per entry of `widths`, each after the first at half the grid.
 
     attention: per level, whether its blocks attend (self and cross). The middle block always does.
+    self_attention: without it blocks attend to the text only, and the middle block not at all, so that cost grows
+    with the area of a picture and not with its square: for super-resolution.
     """
 
     widths: tuple[int, ...] = (128, 256)
@@ -21,6 +23,7 @@ class UNetConfig(Config):
     attention: tuple[bool, ...] = (True, True)
     heads: int = 8
     norm_groups: int = 32
+    self_attention: bool = True
 
     def __post_init__(self) -> None:
         if len(self.attention) != len(self.widths) or not self.widths:
@@ -34,13 +37,22 @@ class UNetConfig(Config):
         if not 1 <= self.layers_per_block <= 8:
             raise ValueError("layers_per_block must be 1 to 8")
 
+    @property
+    def factor(self) -> int:
+        """Grid sides must be multiples of it."""
+        return 1 << (len(self.widths) - 1)
 
-def build_unet(config: UNetConfig, channels: int, text_width: int) -> UNet2DConditionModel:
-    """A UNet2DConditionModel with random weights: (B, channels, H, W), t, text (B, L, text_width) -> like x."""
+
+def build_unet(config: UNetConfig, channels: int, text_width: int, low_res_channels: int = 0) -> UNet2DConditionModel:
+    """A UNet2DConditionModel with random weights: (B, channels, H, W), t, text (B, L, text_width) -> like x.
+
+    With `low_res_channels` its input has as many channels more, and it takes the level, in thousandths, as
+    `class_labels`, embedded as t is, by weights of its own.
+    """
     down = tuple("CrossAttnDownBlock2D" if a else "DownBlock2D" for a in config.attention)
     up = tuple("CrossAttnUpBlock2D" if a else "UpBlock2D" for a in reversed(config.attention))
     return UNet2DConditionModel(
-        in_channels=channels,
+        in_channels=channels + low_res_channels,
         out_channels=channels,
         down_block_types=down,
         up_block_types=up,
@@ -50,4 +62,7 @@ def build_unet(config: UNetConfig, channels: int, text_width: int) -> UNet2DCond
         attention_head_dim=config.heads,
         cross_attention_dim=text_width,
         norm_num_groups=config.norm_groups,
+        class_embed_type="timestep" if low_res_channels else None,
+        only_cross_attention=not config.self_attention,
+        mid_block_type="UNetMidBlock2DCrossAttn" if config.self_attention else "UNetMidBlock2D",
     )

@@ -101,6 +101,15 @@ def read_image(
     return np.array(image, dtype=np.uint8), notes
 
 
+def read_layers(
+    source: str | Path | Source, *, max_pixels: int, background: tuple[int, int, int] = (255, 255, 255)
+) -> tuple[Pixels, npt.NDArray[np.uint8] | None, list[str]]:
+    """As `read_image`, and the transparency (H, W) that was composited: 255 is opaque, None all of it."""
+    notes: list[str] = []
+    colour, alpha = _layers(_read(source, max_pixels), max_pixels, notes)
+    return np.array(_composited(colour, alpha, background)), None if alpha is None else np.array(alpha), notes
+
+
 def try_square(
     source: Source | str, size_px: int, background: tuple[int, int, int], max_pixels: int
 ) -> tuple[Pixels, list[str]] | str:
@@ -136,10 +145,26 @@ def _square(image: Image.Image, size_px: int) -> Pixels:
 
 def _decode(data: bytes, background: tuple[int, int, int], max_pixels: int) -> tuple[Image.Image, list[str]]:
     """The bytes of a file -> upright picture of mode RGB, and notes."""
+    notes: list[str] = []
+    colour, alpha = _layers(data, max_pixels, notes)
+    if alpha is not None:
+        notes.append("transparency composited on the background")
+    return _composited(colour, alpha, background), notes
+
+
+def _composited(colour: Image.Image, alpha: Image.Image | None, background: tuple[int, int, int]) -> Image.Image:
+    if alpha is None:
+        return colour
+    canvas = Image.new("RGB", colour.size, background)
+    canvas.paste(colour, mask=alpha)
+    return canvas
+
+
+def _layers(data: bytes, max_pixels: int, notes: list[str]) -> tuple[Image.Image, Image.Image | None]:
+    """The bytes of a file -> upright picture of mode RGB and its alpha of mode L, or None where all is opaque."""
     if not data:
         raise BadImage("empty")
     _check_whole(data)
-    notes: list[str] = []
     try:
         with _metadata_warnings(notes):
             ImageFile.LOAD_TRUNCATED_IMAGES = False  # other libraries turn it on: grey-filled pictures
@@ -151,10 +176,11 @@ def _decode(data: bytes, background: tuple[int, int, int], max_pixels: int) -> t
                 raise BadImage(f"too many pixels ({image.width * image.height} > {max_pixels})")
             image.load()
             orientation = _orientation(image, notes)
-            rgb = _to_rgb(image, background, notes)
+            colour, alpha = _to_rgb(image, notes)
             if orientation in _TRANSPOSE:
-                rgb = rgb.transpose(_TRANSPOSE[orientation])
-            return rgb, notes
+                turn = _TRANSPOSE[orientation]
+                colour, alpha = colour.transpose(turn), None if alpha is None else alpha.transpose(turn)
+            return colour, alpha
     except BadImage:
         raise
     except Exception as error:  # Pillow raises SyntaxError, RuntimeError, struct.error, ...
@@ -258,7 +284,8 @@ def _orientation(image: Image.Image, notes: list[str]) -> int:
     return value if value in _TRANSPOSE else 1
 
 
-def _to_rgb(image: Image.Image, background: tuple[int, int, int], notes: list[str]) -> Image.Image:
+def _to_rgb(image: Image.Image, notes: list[str]) -> tuple[Image.Image, Image.Image | None]:
+    """Colour of mode RGB, and alpha of mode L unless all is opaque."""
     if image.mode in _KINDS:
         notes.append(_KINDS[image.mode])
     alpha: Image.Image | None = None
@@ -278,12 +305,7 @@ def _to_rgb(image: Image.Image, background: tuple[int, int, int], notes: list[st
         colour = _to_srgb(colour, image.info["icc_profile"], notes)
     if colour.mode != "RGB":
         colour = colour.convert("RGB")
-    if alpha is None or alpha.getextrema() == (255, 255):
-        return colour
-    notes.append("transparency composited on the background")
-    canvas = Image.new("RGB", colour.size, background)
-    canvas.paste(colour, mask=alpha)
-    return canvas
+    return colour, None if alpha is None or alpha.getextrema() == (255, 255) else alpha
 
 
 def _from_16_bit(image: Image.Image, notes: list[str]) -> tuple[Image.Image, Image.Image | None]:

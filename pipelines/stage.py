@@ -1,0 +1,243 @@
+"""Stage: a denoiser with its codec, statistics and defaults; base and SR stages are this one class.
+
+    Conditioning (and, for SR, small pictures -> condition_low_res) -> noise of each image -> sampler(guided denoiser)
+            -> Normalisation.invert -> (+ the enlarged small picture's latent) -> LatentCodec.decode -> pixels
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from ldm.conditioning import Conditioning
+from ldm.config import Config
+from ldm.denoiser import Denoiser, DenoiserConfig, Prediction
+from ldm.draws import keyed_generator
+from ldm.guidance import ClassifierFreeGuidance
+from ldm.latents import Normalisation
+from ldm.low_res import NULL_LEVEL, LowResConfig, condition_low_res, enlarge
+from ldm.models.unet import UNetConfig, build_unet
+from ldm.noise import NoiseSchedule, NoiseScheduleConfig, uniform_grid
+from ldm.sampling import SAMPLERS
+from ldm.weights import Codec
+from pipelines.tiles import Window, blended, windows
+
+MAX_STEPS = 1000
+MAX_GUIDANCE = 100.0
+OVERLAP = 0.25  # of a tile, at least
+OnStep = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class SamplingConfig(Config):
+    """How a stage is sampled. guidance is w of classifier-free guidance, 1 for none, against the null of what
+    `guided` names: the text, an SR stage's small picture, or both. level: of the noise added to that picture.
+
+    rows: pictures per network call, whatever the batch: other shapes give other last bits.
+    """
+
+    sampler: Literal["ddpm", "ddim", "dpmpp_2m"] = "dpmpp_2m"
+    steps: int = 20
+    guidance: float = 3.0
+    rows: int = 4
+    guided: Literal["text", "low_res", "both"] = "text"
+    level: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.steps <= MAX_STEPS:
+            raise ValueError(f"steps must be from 1 to {MAX_STEPS}, not {self.steps}")
+        if not 0 <= self.guidance <= MAX_GUIDANCE:
+            raise ValueError(f"guidance must be from 0 to {MAX_GUIDANCE:g} (1 is none), not {self.guidance}")
+        if not 1 <= self.rows <= 1024:
+            raise ValueError(f"rows must be from 1 to 1024, not {self.rows}")
+        if not 0 <= self.level <= 1:
+            raise ValueError(f"level must be from 0 to 1, not {self.level}")
+
+
+@dataclass(frozen=True)
+class StageConfig(Config):
+    """stage.json: everything but the weights. The digests say which codec and text encoder it was trained with.
+
+    codec: the folder of its codec in the cascade. low_res: None for a base.
+    """
+
+    name: str
+    resolution_px: int
+    latent_channels: int
+    text_width: int
+    unet: UNetConfig
+    schedule: NoiseScheduleConfig
+    denoiser: DenoiserConfig
+    sampling: SamplingConfig
+    normalisation: Normalisation
+    codec_digest: str
+    text_digest: str
+    codec: str = "codec"
+    low_res: LowResConfig | None = None
+
+    def __post_init__(self) -> None:
+        if not (self.name.isidentifier() and self.codec.isidentifier()):
+            raise ValueError(f"name and codec must be plain folder names, not {self.name!r} and {self.codec!r}")
+        if self.low_res is None:
+            if self.sampling.guided != "text" or self.sampling.level:
+                raise ValueError("sampling: guided and level are of small pictures; this stage takes none")
+        elif self.sampling.level > self.low_res.max_level:
+            raise ValueError(f"sampling.level {self.sampling.level} is beyond the max_level {self.low_res.max_level} "
+                             "that the stage was trained to")  # fmt: skip
+        elif self.resolution_px % self.low_res.scale:
+            raise ValueError(f"resolution_px {self.resolution_px} is no multiple of the scale {self.low_res.scale}")
+
+    @property
+    def input_px(self) -> int | None:
+        """The side of the small pictures an SR stage was trained on."""
+        return None if self.low_res is None else self.resolution_px // self.low_res.scale
+
+
+@dataclass
+class Stage:
+    """A denoiser with its codec, its statistics and its sampling defaults."""
+
+    config: StageConfig
+    denoiser: Denoiser
+    codec: Codec
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.denoiser.parameters()).device
+
+    @cached_property
+    def multiple_px(self) -> int:
+        """Sides of the pictures it makes are multiples of this many pixels."""
+        return self.codec.module.config.factor * self.config.unet.factor
+
+    @torch.no_grad()
+    def sample(self, cond: Conditioning, null: Conditioning, seeds: Sequence[int], sampling: SamplingConfig,
+               low_res: Tensor | None = None, on_step: OnStep | None = None) -> Tensor:  # fmt: skip
+        """Pictures (B, 3, H, W) in [-1, 1], not clipped, on the CPU, for B conditionings and seeds.
+
+        A base draws squares of `resolution_px`. An SR stage enlarges `low_res` (B, 3, h, w) in [-1, 1] of any size;
+        pictures larger than it was trained on are drawn one by one in tiles. Every network call has `sampling.rows`
+        rows, so that a picture does not depend on its companions.
+        """
+        if self.config.low_res is None:
+            side = self.config.resolution_px // self.codec.module.config.factor
+            return self._in_rows(cond, null, seeds, sampling, (side, side), None, on_step)
+        if low_res is None:
+            raise ValueError(f"stage {self.config.name} enlarges pictures: give some")
+        (height, width), scale = low_res.shape[-2:], self.config.low_res.scale
+        unit = math.lcm(self.multiple_px, scale) // scale
+        below, beside = -height % unit, -width % unit
+        whole = pad(low_res, (0, beside, 0, below), mode="replicate") if below or beside else low_res
+        factor = self.codec.module.config.factor
+        grid = whole.shape[-2] * scale // factor, whole.shape[-1] * scale // factor
+        if max(grid) * factor <= self.config.resolution_px:
+            drawn = self._in_rows(cond, null, seeds, sampling, grid, whole, on_step)
+        else:
+            drawn = torch.cat([
+                self._tiled(cond[i : i + 1], null, seed, sampling, grid, whole[i : i + 1], self.config.low_res, on_step)
+                for i, seed in enumerate(seeds)
+            ])
+        return drawn[..., : height * scale, : width * scale]
+
+    def tiles(self, height: int, width: int) -> list[Window]:
+        """The windows in which a latent grid is drawn."""
+        tile = self.config.resolution_px // self.codec.module.config.factor
+        return windows(height, width, tile, int(OVERLAP * tile))
+
+    def _in_rows(self, cond: Conditioning, null: Conditioning, seeds: Sequence[int], sampling: SamplingConfig,
+                 grid: tuple[int, int], low_res: Tensor | None, on_step: OnStep | None) -> Tensor:  # fmt: skip
+        parts, codec = [], self.codec.module
+        for start in range(0, len(seeds), sampling.rows):
+            chunk = list(seeds[start : start + sampling.rows])
+            index = torch.tensor([*range(start, start + len(chunk)), *[start] * (sampling.rows - len(chunk))])
+            own = [seeds[i] for i in index.tolist()]
+            small = None if low_res is None else low_res[index].to(self.device)
+            bound, against = self._bind(cond[index], null, own, sampling, grid, small)
+            predict = partial(ClassifierFreeGuidance(self.denoiser, sampling.guidance, against), cond=bound)
+            raw = self.config.normalisation.invert(self._run(predict, own, sampling, grid, on_step))
+            if small is not None and self.config.low_res is not None and self.config.low_res.residual:
+                raw = raw + codec.encode(enlarge(small, self.config.low_res.scale)).chunk(2, 1)[0]
+            parts.append(codec.decode(raw)[: len(chunk)].cpu())
+        return torch.cat(parts)
+
+    def _tiled(self, cond: Conditioning, null: Conditioning, seed: int, sampling: SamplingConfig,
+               grid: tuple[int, int], low_res: Tensor, config: LowResConfig,
+               on_step: OnStep | None) -> Tensor:  # fmt: skip
+        codec, small = self.codec.module, low_res.to(self.device)
+        blend = partial(blended, where=self.tiles(*grid), height=grid[0], width=grid[1], rows=sampling.rows)
+        bound, against = self._bind(cond, null, [seed], sampling, grid, small)
+
+        def predict(x: Tensor, t: Tensor) -> Prediction:
+            def work(tiles: Sequence[Window]) -> Tensor:
+                guided = ClassifierFreeGuidance(self.denoiser, sampling.guidance, _cut(against, tiles))
+                found = guided(torch.cat([w.of(x) for w in tiles]), t.expand(len(tiles)), _cut(bound, tiles))
+                return torch.cat([found.x0, found.eps], 1)
+
+            return Prediction(*blend(work).chunk(2, 1))
+
+        raw = self.config.normalisation.invert(self._run(predict, [seed], sampling, grid, on_step))
+        if config.residual:
+            large, factor = enlarge(small, config.scale), codec.config.factor
+            raw = raw + blend(lambda w: codec.encode(torch.cat([i.of(large, factor) for i in w])).chunk(2, 1)[0])
+        return blend(lambda w: codec.decode(torch.cat([i.of(raw) for i in w])), cells=codec.config.factor).cpu()
+
+    def _bind(self, cond: Conditioning, null: Conditioning, seeds: Sequence[int], sampling: SamplingConfig,
+              grid: tuple[int, int], low_res: Tensor | None) -> tuple[Conditioning, Conditioning]:  # fmt: skip
+        """What the network is told of each picture, and what guidance holds against it."""
+        text, no_text = cond.to(self.device), null.expand(len(cond)).to(self.device)
+        config, factor = self.config.low_res, self.codec.module.config.factor
+        if config is None or low_res is None:
+            return text, no_text
+        eps = self._noise("low_res", seeds, (config.channels(factor), *grid))
+        levels = torch.full((len(seeds),), sampling.level, dtype=torch.float64)
+        small, nothing = (
+            Conditioning(low_res=condition_low_res(pictures, level, eps, config, factor), level=level)
+            for pictures, level in (
+                (low_res, levels),
+                (torch.zeros_like(low_res), torch.full_like(levels, NULL_LEVEL)),
+            )
+        )
+        against = (text if sampling.guided == "low_res" else no_text).join(
+            small if sampling.guided == "text" else nothing
+        )
+        return text.join(small), against
+
+    def _run(self, predict: Callable[[Tensor, Tensor], Prediction], seeds: Sequence[int], sampling: SamplingConfig,
+             grid: tuple[int, int], on_step: OnStep | None) -> Tensor:  # fmt: skip
+        """Normalised latents (B, C, h, w)."""
+        generators = [keyed_generator(seed, self.config.name, "sampler") for seed in seeds]
+
+        def noise(like: Tensor) -> Tensor:
+            return torch.stack([torch.randn(like.shape[1:], generator=g) for g in generators]).to(like)
+
+        schedule = self.denoiser.schedule
+        times = uniform_grid(sampling.steps, schedule)
+        scale = schedule.alpha_sigma(times[:1])[1].float().to(self.device)
+        x = scale * self._noise("start", seeds, (self.config.latent_channels, *grid))
+        return SAMPLERS[sampling.sampler](predict, x, times, noise, schedule=schedule, on_step=on_step)
+
+    def _noise(self, purpose: str, seeds: Sequence[int], shape: tuple[int, ...]) -> Tensor:
+        draws = [torch.randn(shape, generator=keyed_generator(s, self.config.name, purpose)) for s in seeds]
+        return torch.stack(draws).to(self.device)
+
+
+def _cut(cond: Conditioning, tiles: Sequence[Window]) -> Conditioning:
+    """The conditioning of one picture for each of its tiles."""
+    each = cond.expand(len(tiles))
+    if cond.low_res is None:
+        return each
+    return replace(each, low_res=torch.cat([w.of(cond.low_res) for w in tiles]))
+
+
+def build_denoiser(unet: UNetConfig, schedule: NoiseScheduleConfig, denoiser: DenoiserConfig,
+                   latent_channels: int, text_width: int, low_res_channels: int = 0) -> Denoiser:  # fmt: skip
+    """A denoiser with random weights for latents of `latent_channels`."""
+    net = build_unet(unet, latent_channels, text_width, low_res_channels)
+    return Denoiser(net, NoiseSchedule(schedule), denoiser)

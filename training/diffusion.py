@@ -1,0 +1,281 @@
+"""Training of a diffusion stage, base or SR: its config, its networks put together, its evaluation and previews."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import interpolate
+
+from ldm.conditioning import Conditioning
+from ldm.config import Config, UserError
+from ldm.denoiser import Denoiser, DenoiserConfig
+from ldm.draws import keyed_generator
+from ldm.latents import CodecConfig, LatentCodec, Normalisation
+from ldm.low_res import LowResConfig
+from ldm.models.unet import UNetConfig, build_unet
+from ldm.noise import NoiseScheduleConfig
+from ldm.text import TextConfig, TextEncoder, load_text_encoder
+from ldm.weights import NETWORK_FILE, Codec, load_codec, load_network, write_json
+from pipelines.cascade import Cascade
+from pipelines.images import grid, save_png, to_uint8
+from pipelines.stage import SamplingConfig, Stage, StageConfig, build_denoiser
+from training.cache import Cache
+from training.data import Reader
+from training.encoders import LatentSums
+from training.loader import Batch
+from training.online import Online
+from training.processes import process_state
+from training.stages import EVALUATION_ROWS, StageRun, written_whole
+from training.steps import (
+    DiffusionInputs,
+    Frozen,
+    StepResult,
+    UpscalingConfig,
+    condition_pictures,
+    diffusion_inputs,
+    diffusion_step,
+    planes,
+    raw_latents,
+    small_pictures,
+)
+
+EVALUATION_LEVELS = (10, 30, 50, 70, 90)  # hundredths of t
+STATISTICS_ITEMS = 1024
+PIXELS = "pixels"  # as a codec's digest
+
+
+@dataclass(frozen=True)
+class PreviewConfig(Config):
+    """Fixed prompts and seeds drawn before the first step and every n images, `columns` seeds each.
+
+    Of an SR stage the prompts are those of `columns` squared held-out pictures, drawn beside their small and large
+    versions, and `prompts` is not read.
+    """
+
+    prompts: tuple[str, ...] = ()
+    seed: int = 7
+    columns: int = 4
+
+    def __post_init__(self) -> None:
+        if self.columns < 1:
+            raise ValueError("columns must be at least 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DiffusionRun(StageRun):
+    """`ldm train` of a text-conditioned denoiser at `data.size_px`.
+
+    codec: a codec folder, or null for a stage that works on pixels, `unshuffle` squared of them in a grid cell.
+    dropout: the share of items whose text is replaced by the null, for classifier-free guidance.
+    low_res: null for a base; upscaling: read where it is not. times: see `Frozen`.
+    """
+
+    kind: Literal["diffusion"] = "diffusion"
+    name: str = "base"
+    codec: str | None
+    unshuffle: int = 4
+    text: TextConfig = TextConfig()
+    unet: UNetConfig = UNetConfig()
+    schedule: NoiseScheduleConfig = NoiseScheduleConfig()
+    denoiser: DenoiserConfig = DenoiserConfig()
+    sampling: SamplingConfig = SamplingConfig()
+    preview: PreviewConfig = PreviewConfig()
+    dropout: float = 0.1
+    low_res: LowResConfig | None = None
+    upscaling: UpscalingConfig = UpscalingConfig()
+    times: Literal["all", "last"] = "all"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout is a share, from 0 to below 1, not {self.dropout}")
+        if self.schedule.kind == "flow" and self.denoiser.target == "eps":
+            raise ValueError("denoiser.target eps does not determine x0 at t = 1 of a flow schedule: use v, x0 or flow")
+        if self.times == "last" and self.denoiser.target == "eps":
+            raise ValueError("denoiser.target eps says nothing of x0 at t = 1: with times last use v, x0 or flow")
+        if self.schedule.kind != "flow" and self.sampling.steps > self.schedule.steps:
+            raise ValueError(f"sampling.steps {self.sampling.steps} is beyond schedule.steps {self.schedule.steps}")
+        if self.low_res is None and self.upscaling != UpscalingConfig():
+            raise ValueError("upscaling is of SR stages: say how they are conditioned with low_res")
+        if self.low_res is not None and self.data.size_px % self.low_res.scale:
+            raise ValueError(f"data.size_px {self.data.size_px} is no multiple of low_res.scale {self.low_res.scale}")
+
+    @property
+    def caches_latents(self) -> bool:
+        """Whether a picture's latent is the same each time; where small pictures are random, pixels are cached."""
+        return self.codec is not None and not (self.low_res is not None and self.upscaling.degradation.random)
+
+    def load_frozen(self) -> tuple[Codec, TextEncoder]:
+        """The codec and the text encoder, on this process's device. Raises UserError where sizes do not fit."""
+        device = process_state().device
+        pixels = LatentCodec(CodecConfig(unshuffle=self.unshuffle, autoencoder=None))
+        codec = load_codec(self.codec) if self.codec is not None else Codec(pixels, PIXELS)
+        codec.module.to(device)
+        factor = codec.module.config.factor
+        multiple = factor * self.unet.factor
+        crop = self.upscaling.crop_px
+        for name, side in (("data.size_px", self.data.size_px), ("upscaling.crop_px", crop)):
+            if side is not None and side % (multiple if name != "data.size_px" or self.low_res else factor):
+                raise UserError(f"{name} {side} must be a multiple of {multiple}: {factor} px of the codec times "
+                                f"{self.unet.factor} of the U-Net's levels")  # fmt: skip
+        if crop is not None and crop > self.data.size_px:
+            raise UserError(f"upscaling.crop_px {crop} is larger than data.size_px {self.data.size_px}")
+        return codec, load_text_encoder(self.text, device)
+
+
+class DiffusionModule(nn.Module):
+    """The denoiser with its training step as `forward`."""
+
+    def __init__(self, denoiser: Denoiser, frozen: Frozen) -> None:
+        super().__init__()
+        self.denoiser = denoiser
+        self.frozen = frozen  # no module: its codec is neither trained nor saved
+
+    def forward(self, batch: Batch) -> StepResult:
+        device = next(self.denoiser.parameters()).device
+        drawn = diffusion_inputs(batch, self.denoiser, self.frozen)
+        inputs = DiffusionInputs(drawn.x0.to(device), drawn.eps.to(device), drawn.t, drawn.cond.to(device))
+        return diffusion_step(self.denoiser, inputs)
+
+
+class DiffusionTask:
+    """Trains a text-conditioned denoiser; previews as users will run it."""
+
+    def __init__(self, config: DiffusionRun, readers: tuple[Reader, Reader]) -> None:
+        codec, text = config.load_frozen()
+        latents = config.caches_latents
+        scale = config.low_res.scale if config.low_res and latents else None
+        self.cache, self.held_out = config.caches(readers, codec if latents else None, text, scale)
+        self._codec, self._text, self._preview = codec, text, config.preview
+        self._chosen = config.validation.chosen(self.held_out)
+        shape = codec.module.config
+        channels, extra = shape.latent_channels, config.low_res.channels(shape.factor) if config.low_res else 0
+        torch.manual_seed(config.seed)
+        denoiser = build_denoiser(config.unet, config.schedule, config.denoiser, channels, text.width, extra)
+        if config.init is not None:
+            file = _unet_file(Path(config.init), config.name)
+            net = load_network(lambda: build_unet(config.unet, channels, text.width, extra), file)
+            denoiser.net.load_state_dict(net.state_dict())
+        unit = Normalisation(mean=(0.0,) * channels, std=(1.0,) * channels)
+        frozen = Frozen(codec.module, unit, self.cache.null, config.dropout, config.low_res, config.upscaling,
+                        config.times)  # fmt: skip
+        frozen = with_statistics(frozen, self.cache)
+        self._stage = StageConfig(
+            name=config.name,
+            resolution_px=config.data.size_px,
+            latent_channels=channels,
+            text_width=text.width,
+            unet=config.unet,
+            schedule=config.schedule,
+            denoiser=config.denoiser,
+            sampling=config.sampling,
+            normalisation=frozen.normalisation,
+            codec_digest=codec.digest,
+            text_digest=text.digest,
+            codec="codec" if config.codec is not None else PIXELS,
+            low_res=config.low_res,
+        )
+        self.module = DiffusionModule(denoiser, frozen)
+
+    def cascade(self, module: nn.Module) -> Cascade:
+        """The one-stage cascade of these weights."""
+        assert isinstance(module, DiffusionModule)
+        return Cascade([Stage(self._stage, module.denoiser, self._codec)], self._text)
+
+    @torch.no_grad()
+    def evaluate(self, module: nn.Module) -> dict[str, float]:
+        """Unweighted loss by noise level on held-out items, with the same noise every time; of an SR stage with
+        small pictures as they are."""
+        assert isinstance(module, DiffusionModule)
+        device = next(module.parameters()).device
+        totals = dict.fromkeys(EVALUATION_LEVELS if module.frozen.times == "all" else (100,), 0.0)
+        for start in range(0, len(self._chosen), EVALUATION_ROWS):
+            indices = self._chosen[start : start + EVALUATION_ROWS]
+            x0, cond = evaluation_inputs(self.held_out, indices, module.frozen)
+            for level in totals:
+                generators = [keyed_generator(0, "evaluation", level, i) for i in indices]
+                draws = torch.stack([torch.randn(x0.shape[1:], generator=g) for g in generators])
+                t = torch.full((len(x0),), level / 100, dtype=torch.float64)
+                error = module.denoiser.error(x0.to(device), draws.to(device), t, cond.to(device))
+                totals[level] += float(error.sum())
+        losses = {f"loss_t{level / 100:.2f}": total / len(self._chosen) for level, total in totals.items()}
+        return {**losses, "loss_mean": sum(losses.values()) / len(losses)}
+
+    def preview(self, module: nn.Module, path: Path) -> None:
+        cascade, columns, seed = self.cascade(module), self._preview.columns, self._preview.seed
+        if self._stage.low_res is None:
+            prompts = self._preview.prompts
+            if prompts:
+                seeds = [seed + i for i in range(columns)] * len(prompts)
+                pictures = cascade([p for p in prompts for _ in range(columns)], seeds)
+                save_png(grid(list(to_uint8(pictures)), columns), path)
+            return
+        count = min(columns**2, len(self.held_out))
+        indices = [k * len(self.held_out) // count for k in range(count)]
+        assert isinstance(module, DiffusionModule)
+        small, large = self._pictures(indices, module.frozen)
+        captions = [self.held_out.record(i)["captions"][0] for i in indices]
+        drawn = cascade.draw(captions, [seed + i for i in range(count)], low_res=planes(small))[-1]
+        near = interpolate(planes(small), scale_factor=self._stage.low_res.scale, mode="nearest")
+        rows = [picture for trio in zip(to_uint8(near), to_uint8(drawn), large, strict=True) for picture in trio]
+        save_png(grid(rows, 3 * columns), path)
+
+    def _pictures(self, indices: Sequence[int], frozen: Frozen) -> tuple[Tensor, np.ndarray[Any, Any]]:
+        """Small pictures (B, s, s, 3) uint8 and large ones, of latents their decoding."""
+        small, stored = small_pictures(self.held_out, indices, frozen), self.held_out.stored(indices)
+        assert small is not None
+        if stored.dtype == torch.uint8:
+            return small, stored.numpy()
+        decoded = [frozen.codec.decode(m[None].float().chunk(2, 1)[0]) for m in stored]
+        return small, to_uint8(torch.cat(decoded))
+
+    def export(self, module: nn.Module, folder: Path, facts: dict[str, Any]) -> None:
+        with written_whole(folder) as partial:
+            self.cascade(module).save(partial)
+            write_json(partial / "training.json", facts)
+
+
+def evaluation_inputs(cache: Cache | Online, indices: Sequence[int], frozen: Frozen) -> tuple[Tensor, Conditioning]:
+    """Normalised latents (B, C, h, w) of whole items, no draw of the posterior, and what a network is told of them:
+    their first caption, their small picture at level 0."""
+    small = small_pictures(cache, indices, frozen)
+    x0 = frozen.normalisation.apply(raw_latents(cache.stored(indices), small, frozen))
+    cond = cache.text([cache.captions(i)[0] for i in indices])
+    if frozen.low_res is not None and small is not None:
+        level = torch.zeros(len(indices), dtype=torch.float64)
+        shape = (len(indices), frozen.low_res.channels(frozen.codec.config.factor), *x0.shape[2:])
+        cond = cond.join(Conditioning(
+            low_res=condition_pictures(small, level, torch.zeros(shape), frozen), level=level
+        ))  # fmt: skip
+    return x0, cond
+
+
+def with_statistics(frozen: Frozen, cache: Cache | Online) -> Frozen:
+    """With the statistics of the stage's own latents: those of the cache, or of a residual measured on up to
+    STATISTICS_ITEMS items, evenly spread; pixels are left as they are."""
+    residual = frozen.low_res is not None and frozen.low_res.residual
+    if frozen.codec.autoencoder is None and not residual:
+        return frozen
+    if cache.key.codec is not None and not residual:
+        return replace(frozen, normalisation=cache.normalisation)
+    count, sums = min(len(cache), STATISTICS_ITEMS), LatentSums()
+    chosen = [k * len(cache) // count for k in range(count)]
+    for start in range(0, count, EVALUATION_ROWS):
+        indices = chosen[start : start + EVALUATION_ROWS]
+        small = small_pictures(cache, indices, frozen)
+        sums.add_latents(raw_latents(cache.stored(indices), small, frozen))
+    found = sums.statistics()
+    return replace(frozen, normalisation=Normalisation(mean=tuple(found["mean"]), std=tuple(found["std"])))
+
+
+def _unet_file(folder: Path, name: str) -> Path:
+    """The U-Net's weights in a cascade, stage or diffusers U-Net folder."""
+    inside = (f"{name}/unet", "unet", ".")
+    files = [folder / part / NETWORK_FILE for part in inside]
+    return next((file for file in files if file.is_file()), files[0])
