@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 import typer
 
@@ -17,9 +18,12 @@ app = typer.Typer(
 )
 data_app = typer.Typer(help="Build or check a data set.", no_args_is_help=True)
 app.add_typer(data_app, name="data")
+eval_app = typer.Typer(help="Measure what was trained.", no_args_is_help=True)
+app.add_typer(eval_app, name="eval")
 ckpt_app = typer.Typer(help="Look at the checkpoints of a run.", no_args_is_help=True)
 app.add_typer(ckpt_app, name="ckpt")
 
+Number = TypeVar("Number", int, float)
 Config = Annotated[Path, typer.Argument(help="A YAML file, such as configs/emoji/base.yaml.")]
 Set = Annotated[
     list[str] | None, typer.Option("--set", metavar="A.B=C", help="Override a config value; may be repeated.")
@@ -167,6 +171,36 @@ def ckpt_join(
     from pipelines.cascade import join
 
     typer.echo(str(join(folders, out)))
+
+
+@eval_app.command("cascade")
+def eval_cascade(
+    model: Annotated[Path, typer.Argument(metavar="MODEL", help="A cascade folder with an SR stage.")],
+    data: Annotated[Path, typer.Argument(metavar="DATA", help="The data set.")],
+    out: Annotated[Path, typer.Option(help="Folder for report.json, curves.png and pictures.png.")] = Path("out/eval"),
+    stage: Annotated[str | None, typer.Option(help="Name of the SR stage; default: the first.")] = None,
+    pictures: Annotated[int, typer.Option(min=2, help="Held-out pictures to measure on.")] = 96,
+    split: Annotated[str, typer.Option(help="Of the data; empty for all of it.")] = "combos",
+    against: Annotated[list[Path] | None, typer.Option(help="Another SR cascade beside it; may be repeated.")] = None,
+    levels: Annotated[str, typer.Option(help="Of the sweep, with commas.")] = "0,0.1,0.2,0.3",
+    steps: Annotated[str, typer.Option(help="Of the sweep, with commas.")] = "1,2,4,8",
+    sweep_pictures: Annotated[int, typer.Option(min=2, help="Pictures of each cell of the sweep.")] = 32,
+    save: Annotated[bool, typer.Option("--save", help="Keep the best setting as the stage's default.")] = False,
+    overwrite: Overwrite = False,
+) -> None:
+    """Measure an SR stage on real small pictures and on the base's, and sweep its level and steps."""
+    from training.boundary_report import evaluate
+
+    done = evaluate(model, data, out, stage, pictures, split or None, against or (), _numbers(levels, float),
+                    _numbers(steps, int), sweep_pictures, save, overwrite, _tell)  # fmt: skip
+    typer.echo(str(done))
+
+
+def _numbers(text: str, kind: Callable[[str], Number]) -> list[Number]:
+    try:
+        return [kind(part) for part in text.split(",")]
+    except ValueError:
+        raise typer.BadParameter(f"{text!r}: numbers with commas between them, such as 1,2,4") from None
 
 
 @app.command()

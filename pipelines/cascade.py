@@ -84,7 +84,7 @@ class Cascade:
             if name not in own:
                 raise UserError(f"no stage is named {name!r}; this cascade has {', '.join(own)}")
         stages = [stage for stage in self.stages if stage.config.name in names]
-        check_chain(stages)
+        check_chain([stage.config for stage in stages])
         return replace(self, stages=stages)
 
     def sampling(self, steps: int | None = None, guidance: float | None = None,
@@ -171,14 +171,14 @@ def _in_steps(pixels: Tensor) -> Tensor:
     return (((pixels.clamp(-1, 1) + 1) * 127.5).round() / 127.5) - 1
 
 
-def check_chain(stages: Sequence[Stage]) -> None:
+def check_chain(stages: Sequence[StageConfig]) -> None:
     """Raise UserError unless each stage but the first enlarges pictures of the size that the one before makes."""
     for before, stage in pairwise(stages):
-        name, wanted, made = stage.config.name, stage.config.input_px, before.config.resolution_px
+        name, wanted, made = stage.name, stage.input_px, before.resolution_px
         if wanted is None:
             raise UserError(f"stage {name} is a base, which draws from text alone: it can only be the first")
         if wanted != made:
-            raise UserError(f"stage {name} enlarges pictures of {wanted} px, but {before.config.name} before it makes "
+            raise UserError(f"stage {name} enlarges pictures of {wanted} px, but {before.name} before it makes "
                             f"{made} px; put a stage between them, or leave one out")  # fmt: skip
 
 
@@ -190,13 +190,13 @@ def load_cascade(folder: str | Path, device: torch.device | str = "cpu") -> Casc
         check_weights_file(folder if folder.is_file() else folder / "cascade.json")
     config = parse(CascadeConfig, read_json(folder / "cascade.json"), str(folder / "cascade.json"))
     configs = {n: parse(StageConfig, read_json(p), str(p)) for n in config.stages for p in [folder / n / "stage.json"]}
+    check_chain(list(configs.values()))
     codecs = {name: load_codec(folder / name) for name in sorted({c.codec for c in configs.values()})}
     for codec in codecs.values():
         codec.module.to(device)
     text_config = config.text if config.text.path is None else replace(config.text, path=str(folder / "text"))
     text = load_text_encoder(text_config, device)
     stages = [_load_stage(folder / n, c, codecs[c.codec], text.digest, device) for n, c in configs.items()]
-    check_chain(stages)
     return Cascade(stages, text, folder_digest(folder, "cascade.json", *codecs, "text", *config.stages))
 
 
@@ -222,7 +222,7 @@ def join(folders: Sequence[str | Path], out: str | Path) -> Path:
         CascadeConfig(FORMAT, names, parts[0].text.config)
     except ValueError as error:
         raise UserError(str(error)) from None
-    check_chain(stages)
+    check_chain([stage.config for stage in stages])
     Cascade(stages, parts[0].text).save(Path(out))
     return Path(out)
 

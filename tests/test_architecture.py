@@ -16,6 +16,8 @@ SOURCES = [path for package in PACKAGES for path in sorted(Path(package).rglob("
 TREES = {path: ast.parse(path.read_text(encoding="utf-8")) for path in SOURCES}
 MAX_FILE_LINES = 400
 MAX_FUNCTION_LINES = 60
+# A pinned package has its weights in a pickle: read as tensors only, after its digest is checked.
+TENSORS_OF_OTHERS = ("training/features.py", "torch.load(paths[0], map_location='cpu', weights_only=True)")
 Function = ast.FunctionDef | ast.AsyncFunctionDef
 
 ALLOWED = {"ldm": {"ldm"}, "pipelines": {"ldm", "pipelines"}, "training": {"ldm", "training"}}
@@ -26,6 +28,8 @@ EXCEPTIONS = {
     "training/autoencoder.py": {"pipelines"},
     "training/diffusion.py": {"pipelines"},
     "training/evaluate.py": {"pipelines"},
+    "training/boundary.py": {"pipelines"},
+    "training/boundary_report.py": {"pipelines"},
 }
 ONLY_IN_FUNCTIONS = ("ldm/cli.py", "ldm/__main__.py")
 RUNS_FILES = ("pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal", "runpy", "imp")
@@ -91,6 +95,8 @@ def test_nothing_runs_what_a_file_says(path: Path) -> None:
         if name.partition(".")[0] in RUNS_FILES
     ]
     for node in (n for n in ast.walk(TREES[path]) if isinstance(n, ast.Call)):
+        if (path.as_posix(), ast.unparse(node)) == TENSORS_OF_OTHERS:
+            continue
         if dotted(node.func) in RUNS_TEXT:
             faults.append(f"{path}:{node.lineno}: calls {dotted(node.func)}")
         if dotted(node.func) == "yaml.load" and "_Loader" not in ast.unparse(node):

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from ldm.denoiser import DenoiserConfig
 from ldm.latents import CodecConfig, LatentCodec, Normalisation
+from ldm.low_res import LowResConfig
 from ldm.models.autoencoder import AutoencoderConfig
 from ldm.models.unet import UNetConfig
 from ldm.noise import NoiseScheduleConfig
@@ -58,4 +60,41 @@ def save_tiny_cascade(parent: Path, kind: str) -> Path:
     text = TextConfig(kind, str(TINY[kind](parent / "text_source")))  # type: ignore[arg-type]
     tiny_cascade(text).save(parent / "cascade")
     shutil.rmtree(parent / "text_source")
+    return parent / "cascade"
+
+
+def save_tiny_sr(parent: Path) -> Path:
+    """PARENT/cascade with two SR stages of random weights: 16 -> 32 px in pixels, a residual, and 32 -> 64 px in
+    latents."""
+    encoder = load_text_encoder(TextConfig(kind="bert", path=str(TINY["bert"](parent / "text_source"))))
+    stages = []
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(1)
+        for name, side, shape, residual in (
+            ("middle", 32, CodecConfig(unshuffle=2, autoencoder=None), True),
+            ("sr", 64, CODEC, False),
+        ):
+            codec = LatentCodec(shape).eval().requires_grad_(False)
+            low_res, channels = LowResConfig(scale=2, residual=residual), shape.latent_channels
+            unet = replace(UNET, self_attention=False)
+            network = build_denoiser(
+                unet, NoiseScheduleConfig(), DenoiserConfig(), channels, encoder.width, low_res.channels(shape.factor)
+            )
+            config = StageConfig(
+                name=name,
+                resolution_px=side,
+                latent_channels=channels,
+                text_width=encoder.width,
+                unet=unet,
+                schedule=NoiseScheduleConfig(),
+                denoiser=DenoiserConfig(),
+                sampling=SamplingConfig(steps=2, rows=2, guidance=1.0),
+                normalisation=Normalisation((0.0,) * channels, (0.3,) * channels),
+                codec_digest="",
+                text_digest=encoder.digest,
+                codec="pixels" if shape.autoencoder is None else "codec",
+                low_res=low_res,
+            )
+            stages.append(Stage(config, network.eval().requires_grad_(False), Codec(codec, name)))
+    Cascade(stages, encoder).save(parent / "cascade")
     return parent / "cascade"

@@ -108,6 +108,7 @@ def main() -> None:
     parser.add_argument("--grid", type=Path, help="write the pictures as a grid to this PNG")
     options = parser.parse_args()
     cascade = load_cascade(options.model)
+    cascade = cascade.only(cascade.stages[0].config.name)  # the base alone decides what is shown
     data = DataConfig(path=options.data, split="train", size_px=cascade.stages[-1].config.resolution_px)
     reader = Reader(data)
     cache = encode(reader, options.cache, cascade.codec)

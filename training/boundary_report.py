@@ -1,0 +1,120 @@
+"""The report of `ldm eval cascade`: report.json, curves.png, pictures.png, and the best setting kept in the stage."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from ldm.config import UserError, to_dict
+from ldm.weights import write_json
+from pipelines.cascade import load_cascade
+from pipelines.generate import check_out
+from pipelines.images import grid, save_png, to_uint8
+from pipelines.stage import StageConfig
+from training.boundary import (
+    Held,
+    after_base,
+    against_truth,
+    best,
+    intervals,
+    shown,
+    sr_stage,
+    sweep,
+    what_counts,
+)
+from training.data import DataConfig, Reader
+from training.environment import environment, prepare_process
+from training.features import Features
+
+SHOWN_PICTURES = 12
+FILES = ("report.json", "curves.png", "pictures.png")
+UNITS = {"psnr_db": "PSNR, dB", "distance": "LPIPS-type distance (efflite0)", "consistency_db": "consistency, dB"}
+
+
+def evaluate(model: str | Path, data: str | Path, out: str | Path, stage: str | None = None, pictures: int = 96,
+             split: str | None = "combos", against: Sequence[str | Path] = (), levels: Sequence[float] = (0.0,),
+             steps: Sequence[int] = (1, 2, 4, 8), sweep_pictures: int = 32, save: bool = False, overwrite: bool = False,
+             tell: Callable[[str], None] = lambda line: None) -> Path:  # fmt: skip
+    """Measure an SR stage of the cascade `model` on held-out pictures of `data`; returns OUT/report.json.
+
+    pictures: how many, evenly spread over the split. against: other SR cascades to stand beside it. levels, steps:
+    of the sweep, on `sweep_pictures` of them; save: keep its best setting as the stage's default.
+    Raises UserError where model, data or settings do not fit together.
+    """
+    prepare_process()
+    check_out(Path(out), FILES, overwrite)
+    cascade = load_cascade(model)
+    chosen = sr_stage(cascade, stage)
+    config = chosen.config.low_res
+    assert config is not None
+    if any(not 0 <= level <= config.max_level for level in levels) or any(count < 1 for count in steps):
+        raise UserError(f"levels must be from 0 to {config.max_level}, which the stage was trained to, steps from 1")
+    others = {Path(folder).parent.name or str(folder): load_cascade(folder) for folder in against}
+    reader = Reader(DataConfig(path=str(data), split=split, size_px=chosen.config.resolution_px))
+    rows = reader.rows
+    count = min(pictures, len(rows))
+    held = Held.of([reader.read(rows[k * len(rows) // count]) for k in range(count)], config.scale)
+    features = Features()
+    tell(f"{count} pictures of {split or 'the set'}, {len(set(held.groups))} groups; 95% intervals over groups")
+
+    found = against_truth(cascade, chosen, others, held, features)
+    report: dict[str, Any] = {"pictures": count, "split": split, "stage": chosen.config.name, "model": cascade.digest,
+                              "sampling": to_dict(chosen.config.sampling), **environment()}  # fmt: skip
+    report["ground_truth"] = {name: intervals(measures, held.groups) for name, (_, measures) in found.items()}
+    for name, values in report["ground_truth"].items():
+        tell(f"{name:18} " + "  ".join(f"{k} {m:.4g} ({a:.4g} to {b:.4g})" for k, (m, a, b) in values.items()))
+    few = held.first(sweep_pictures)
+    report["what_counts"] = what_counts(cascade, chosen, few, found[chosen.config.name][0][: len(few)])
+    tell("; ".join(f"{name} {value:.3g}" for name, value in report["what_counts"].items()))
+    cells = sweep(cascade, chosen, few, features, levels, steps)
+    report["sweep"], report["best"] = cells, best(cells)
+    tell(f"best of the sweep: level {report['best']['level']}, {report['best']['steps']} steps")
+    columns = {"small": shown(held.small, config.scale), **{name: p for name, (p, _) in found.items()},
+               "truth": held.large}  # fmt: skip
+    if cascade.stages[0].config.low_res is None:
+        settings = [replace(chosen.config.sampling, level=level) for level in levels]
+        drawn, report["after_base"] = after_base(cascade, chosen, held, features, settings)
+        columns["base"] = shown(drawn[0], config.scale)
+        columns.update({f"level {s.level}": p for s, p in zip(settings, drawn[1:], strict=True)})
+        for line in report["after_base"]:
+            tell("after the base: " + "  ".join(f"{name} {value}" for name, value in line.items()))
+    report["columns"] = list(columns)
+    Path(out).mkdir(parents=True, exist_ok=True)
+    _draw(cells, Path(out) / "curves.png")
+    few_rows = range(min(SHOWN_PICTURES, count))
+    tiles = [to_uint8(pictures[i : i + 1])[0] for i in few_rows for pictures in columns.values()]
+    save_png(grid(tiles, len(columns)), Path(out) / "pictures.png")
+    if save:
+        keep(Path(model), chosen.config, report["best"])
+    write_json(Path(out) / "report.json", report)
+    return Path(out) / "report.json"
+
+
+def keep(model: Path, config: StageConfig, setting: dict[str, Any]) -> None:
+    """Make a setting the default of a stage, in its stage.json."""
+    sampling = replace(config.sampling, level=setting["level"], steps=setting["steps"])
+    file = model / config.name / "stage.json"
+    partial = file.with_name("stage.json.tmp")
+    write_json(partial, to_dict(replace(config, sampling=sampling)))
+    partial.replace(file)
+
+
+def _draw(cells: Sequence[dict[str, Any]], path: Path) -> None:
+    """Curves of each measure over steps, one per level, with their intervals."""
+    from matplotlib.figure import Figure  # takes a second
+
+    figure = Figure(figsize=(12, 3.6), layout="constrained")
+    for axes, (name, label) in zip(figure.subplots(1, len(UNITS)), UNITS.items(), strict=True):
+        for level in dict.fromkeys(cell["level"] for cell in cells):
+            own = [cell for cell in cells if cell["level"] == level]
+            means = [cell[name][0] for cell in own]
+            spans = [[m - cell[name][1] for m, cell in zip(means, own, strict=True)],
+                     [cell[name][2] - m for m, cell in zip(means, own, strict=True)]]  # fmt: skip
+            axes.errorbar([cell["steps"] for cell in own], means, yerr=spans, marker="o", label=f"level {level:g}")
+        axes.set_xlabel("steps")
+        axes.set_title(label)
+        axes.set_xscale("log", base=2)
+    axes.legend()
+    figure.savefig(path, dpi=100)
