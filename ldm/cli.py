@@ -185,6 +185,7 @@ def eval_cascade(
     levels: Annotated[str, typer.Option(help="Of the sweep, with commas.")] = "0,0.1,0.2,0.3",
     steps: Annotated[str, typer.Option(help="Of the sweep, with commas.")] = "1,2,4,8",
     sweep_pictures: Annotated[int, typer.Option(min=2, help="Pictures of each cell of the sweep.")] = 32,
+    tiled: Annotated[int, typer.Option(min=0, help="Large pictures to enlarge in tiles and at once.")] = 0,
     save: Annotated[bool, typer.Option("--save", help="Keep the best setting as the stage's default.")] = False,
     overwrite: Overwrite = False,
 ) -> None:
@@ -192,7 +193,7 @@ def eval_cascade(
     from training.boundary_report import evaluate
 
     done = evaluate(model, data, out, stage, pictures, split or None, against or (), _numbers(levels, float),
-                    _numbers(steps, int), sweep_pictures, save, overwrite, _tell)  # fmt: skip
+                    _numbers(steps, int), sweep_pictures, tiled, save, overwrite, _tell)  # fmt: skip
     typer.echo(str(done))
 
 
@@ -242,11 +243,12 @@ def upscale(
     out: Annotated[Path, typer.Option(help="Folder for <name>.png.")] = Path("out"),
     overwrite: Overwrite = False,
     overrides: StageSet = None,
+    tile: Annotated[int | None, typer.Option(help="Side of a tile, px; default: the size trained on.")] = None,
 ) -> None:
     """Enlarge pictures by super-resolution stages; prints the plan first, and each file's path."""
     from pipelines.upscale import upscale
 
-    for path in upscale(pictures, model, scale, prompt, seed, out, overwrite, overrides or (), tell=_tell):
+    for path in upscale(pictures, model, scale, prompt, seed, out, overwrite, overrides or (), tile, tell=_tell):
         typer.echo(str(path))
 
 

@@ -140,7 +140,7 @@ class Cascade:
 
     def recipe(self, prompt: str, seed: int, sampling: Sequence[SamplingConfig]) -> dict[str, Any]:
         """What makes a picture again: no time, path, host or number of companions."""
-        stages = [{"name": s.config.name, **to_dict(o)} for s, o in zip(self.stages, sampling, strict=True)]
+        stages = [{"name": s.config.name, **s.settings(o)} for s, o in zip(self.stages, sampling, strict=True)]
         return {"prompt": prompt, "seed": seed, "model": self.digest, "stages": stages}
 
     def save(self, folder: Path) -> None:

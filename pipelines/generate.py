@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 import os
 import secrets
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -72,18 +73,24 @@ def generate(prompts: Sequence[str], model: str | Path | None = None, n: int = 4
         )
     pictures = to_uint8(drawn[-1])
     columns = n if len(prompts) > 1 else min(n, math.ceil(math.sqrt(n)))
-    try:
-        out.mkdir(parents=True, exist_ok=True)
+    with _writing(out):
         for name, picture, (prompt, number) in zip(names, pictures, asked, strict=False):
             save_png(picture, out / name, cascade.recipe(prompt, number, sampling))
         for stage, made in zip(kept, drawn, strict=False):
             for k, picture in enumerate(to_uint8(made)):
                 save_png(picture, out / f"{k:04d}-{stage}.png")
         save_png(grid(list(pictures), columns), out / "grid.png")
+    return out / "grid.png"
+
+
+@contextmanager
+def _writing(out: Path) -> Iterator[None]:
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        yield
     except OSError as error:
         why = error.strerror or error
         raise UserError(f"{out}: not all pictures could be written: {why}", exit_code=1) from error
-    return out / "grid.png"
 
 
 def check_request(prompts: Sequence[str], n: int, seed: int, steps: int | None, guidance: float | None) -> None:

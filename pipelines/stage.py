@@ -10,14 +10,14 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
 from ldm.conditioning import Conditioning
-from ldm.config import Config
+from ldm.config import Config, to_dict
 from ldm.denoiser import Denoiser, DenoiserConfig, Prediction
 from ldm.draws import keyed_generator
 from ldm.guidance import ClassifierFreeGuidance
@@ -102,11 +102,15 @@ class StageConfig(Config):
 
 @dataclass
 class Stage:
-    """A denoiser with its codec, its statistics and its sampling defaults."""
+    """A denoiser with its codec, its statistics and its sampling defaults.
+
+    tile_px: side of the tiles that larger pictures are drawn in; None is the size it was trained on.
+    """
 
     config: StageConfig
     denoiser: Denoiser
     codec: Codec
+    tile_px: int | None = None
 
     @property
     def device(self) -> torch.device:
@@ -117,13 +121,22 @@ class Stage:
         """Sides of the pictures it makes are multiples of this many pixels."""
         return self.codec.module.config.factor * self.config.unet.factor
 
+    def settings(self, sampling: SamplingConfig) -> dict[str, Any]:
+        """What of a sampling decides its pictures, as plain data."""
+        found = to_dict(sampling)
+        if self.config.low_res is None:
+            del found["guided"], found["level"]
+        elif self.tile_px is not None:
+            found["tile_px"] = self.tile_px
+        return found
+
     @torch.no_grad()
     def sample(self, cond: Conditioning, null: Conditioning, seeds: Sequence[int], sampling: SamplingConfig,
                low_res: Tensor | None = None, on_step: OnStep | None = None) -> Tensor:  # fmt: skip
         """Pictures (B, 3, H, W) in [-1, 1], not clipped, on the CPU, for B conditionings and seeds.
 
         A base draws squares of `resolution_px`. An SR stage enlarges `low_res` (B, 3, h, w) in [-1, 1] of any size;
-        pictures larger than it was trained on are drawn one by one in tiles. Every network call has `sampling.rows`
+        pictures larger than a tile are drawn one by one in tiles. Every network call has `sampling.rows`
         rows, so that a picture does not depend on its companions.
         """
         if self.config.low_res is None:
@@ -137,7 +150,7 @@ class Stage:
         whole = pad(low_res, (0, beside, 0, below), mode="replicate") if below or beside else low_res
         factor = self.codec.module.config.factor
         grid = whole.shape[-2] * scale // factor, whole.shape[-1] * scale // factor
-        if max(grid) * factor <= self.config.resolution_px:
+        if max(grid) * factor <= (self.tile_px or self.config.resolution_px):
             drawn = self._in_rows(cond, null, seeds, sampling, grid, whole, on_step)
         else:
             drawn = torch.cat([
@@ -148,7 +161,7 @@ class Stage:
 
     def tiles(self, height: int, width: int) -> list[Window]:
         """The windows in which a latent grid is drawn."""
-        tile = self.config.resolution_px // self.codec.module.config.factor
+        tile = (self.tile_px or self.config.resolution_px) // self.codec.module.config.factor
         return windows(height, width, tile, int(OVERLAP * tile))
 
     def _in_rows(self, cond: Conditioning, null: Conditioning, seeds: Sequence[int], sampling: SamplingConfig,

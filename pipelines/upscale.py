@@ -9,7 +9,7 @@ import hashlib
 import math
 import secrets
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +26,7 @@ from pipelines.stage import SamplingConfig
 
 Picture = npt.NDArray[np.uint8]
 MAX_OUTPUT_PIXELS = 2**26
+MAX_TILE_PX = 2048
 FLAT_SHARE = 0.2  # of a drawing, more neighbouring pixels are equal
 BASE_BYTES = 5e8  # of weights and one call's activations
 CANVAS_COPIES = 8  # float32 copies of the large picture that are alive at once, latents included
@@ -54,12 +55,14 @@ class Job:
 
 def upscale(pictures: Sequence[str | Path], model: str | Path | None = None, scale: int = 4, prompt: str = "",
             seed: int = 0, out: str | Path = "out", overwrite: bool = False, overrides: Sequence[str] = (),
-            device: str | None = None, tell: Callable[[str], None] = lambda line: None) -> list[Path]:  # fmt: skip
+            tile: int | None = None, device: str | None = None,
+            tell: Callable[[str], None] = lambda line: None) -> list[Path]:  # fmt: skip
     """Enlarge picture files of any size by the SR stages of a cascade; returns the files written, OUT/<name>.png.
 
     Pictures are turned as their EXIF says, transparency is kept: colour over white and alpha are enlarged apart, so
     that over white the result is what the stage drew. What is larger than the stage was trained on is drawn in tiles.
-    overrides: of the stages' sampling, such as "sr.steps=4". tell: gets the plan of each picture, and notes.
+    overrides: of the stages' sampling, such as "sr.steps=4". tile: side of the tiles in pixels of the large picture,
+    by default the size a stage was trained on. tell: gets the plan of each picture, and notes.
     Raises UserError, before any work, for values out of range, a picture that cannot be read or is too large, a
     model without SR stages or files in the way.
     """
@@ -75,7 +78,7 @@ def upscale(pictures: Sequence[str | Path], model: str | Path | None = None, sca
     jobs = [_job(Path(picture), Path(out), scale) for picture in pictures]
     _check_targets(jobs, Path(out), overwrite)
     cascade = load_cascade(model or SHIPPED, device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    cascade = enlarging(cascade, scale)
+    cascade = in_tiles(enlarging(cascade, scale), tile)
     sampling = cascade.sampling(overrides=overrides)
     if prompt.strip():
         for line in prompt_notes(cascade, prompt):
@@ -121,6 +124,17 @@ def enlarging(cascade: Cascade, scale: int) -> Cascade:
     nearest = min(offered, key=lambda s: abs(math.log(s / scale)))
     raise UserError(f"--scale {scale}: this cascade enlarges by {' or '.join(map(str, offered))}; try "
                     f"--scale {nearest}")  # fmt: skip
+
+
+def in_tiles(cascade: Cascade, tile_px: int | None) -> Cascade:
+    """The cascade with tiles of another size. Raises UserError for one that a stage cannot draw."""
+    if tile_px is None:
+        return cascade
+    unit = math.lcm(*(stage.multiple_px for stage in cascade.stages))
+    if tile_px % unit or not 2 * unit <= tile_px <= MAX_TILE_PX:
+        near = min(max(round(tile_px / unit), 2) * unit, MAX_TILE_PX // unit * unit)
+        raise UserError(f"--tile {tile_px}: must be a multiple of {unit} from {2 * unit} to {MAX_TILE_PX}; try {near}")
+    return replace(cascade, stages=[replace(stage, tile_px=tile_px) for stage in cascade.stages])
 
 
 def photographic(picture: Picture) -> bool:

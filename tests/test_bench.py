@@ -52,11 +52,13 @@ class TestCountedFlops:
 
 @pytest.fixture
 def setup(tmp_path: Path) -> Setup:
-    """The tiny configs on six pictures, the base with a tiny text encoder."""
+    """The tiny configs on six pictures, the diffusion stages with a tiny text encoder."""
     configs = tmp_path / "configs"
     configs.mkdir()
-    for name, source in (("autoencoder", "autoencoder"), ("base", "base_t5")):
+    for name, source in (("autoencoder", "autoencoder"), ("base", "base_t5"), ("sr", "sr")):
         shutil.copy(f"configs/tiny/{source}.yaml", configs / f"{name}.yaml")
+    sr = configs / "sr.yaml"
+    sr.write_text(sr.read_text().replace("kind: minilm", "kind: t5\n  path: tests/data/text/t5"))
     small = ("data.limit=6", "loop.batch=4")
     return Setup(str(tmp_path), quick=True, configs=str(configs), init=None, overrides=small)
 

@@ -386,9 +386,15 @@ def test_sums_do_not_depend_on_grouping() -> None:
 
 def test_rows_in_parts_make_one_safetensors_file(tmp_path: Path) -> None:
     whole = torch.randn(7, 4, 3).half()
-    save_rows(tmp_path / "rows", "x", iter([whole[:3], whole[3:6], whole[6:]]))
+    bytes_ = (whole * 20).to(torch.uint8).flatten(1)
+    parts = [slice(0, 3), slice(3, 6), slice(6, 7)]
+    save_rows(tmp_path / "rows", ["x"], ([whole[part]] for part in parts))
     assert torch.equal(load_file(tmp_path / "rows")["x"], whole)
-    save_rows(tmp_path / "none", "x", iter([]))
+    save_rows(tmp_path / "two", ["x", "y"], ([whole[part], bytes_[part]] for part in parts))
+    found = load_file(tmp_path / "two")
+    assert torch.equal(found["x"], whole)
+    assert torch.equal(found["y"], bytes_)
+    save_rows(tmp_path / "none", ["x"], iter([]))
     with safe_open(tmp_path / "none", "pt") as file:
         assert len(file.get_tensor("x")) == 0
 

@@ -115,10 +115,10 @@ class TestKill:
     @pytest.mark.slow
     def test_fifty_kills_over_all_kinds(self, folder: Path, tmp_path: Path) -> None:
         """Run with -s to see where each kill fell."""
-        kinds = ["autoencoder", "base", "base_clip", "base_t5"]
+        kinds = ["autoencoder", "base", "base_clip", "base_t5", "sr"]
         kills = 0
         for round_number in range(14):
-            name = kinds[round_number % 4]
+            name = kinds[round_number % len(kinds)]
             straight(folder, name)
             run = tmp_path / f"{name}-{round_number}"
             ends = kill_until_done(folder, name, run, 4, 100 + round_number, ("loop.save_every_images=16",))

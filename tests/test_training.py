@@ -83,6 +83,7 @@ class TestRun:
                           "loop.images=128"]),
         ("base_t5", [4], ["encode=online", "denoiser.weighting=learned", "loop.images=128"]),
         ("autoencoder", [3, 7], ["loop.images=160"]),
+        ("sr", [4], ["loop.images=128"]),
     ])  # fmt: skip
     def test_interrupted_run_resumes_to_equal_weights(
         self, runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, stops: list[int], more: list[str]
@@ -194,7 +195,7 @@ class TestRun:
         train(ROOT / "configs/tiny/base_t5.yaml", tmp_path / "run", base_overrides(runs, "base_t5"))
         assert "no preview: out of memory (no room); training goes on" in capsys.readouterr().out
 
-    @pytest.mark.parametrize("name", ["autoencoder", "base", "base_clip", "base_t5"])
+    @pytest.mark.parametrize("name", ["autoencoder", "base", "base_clip", "base_t5", "sr"])
     def test_golden_losses(self, runs: Path, base: Path, name: str) -> None:
         """Losses of twenty steps at two threads are those in git. UPDATE_GOLDEN=1 writes them anew."""
         assert torch.get_num_threads() == 2, "golden losses were taken at two threads"

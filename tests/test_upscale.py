@@ -93,15 +93,14 @@ class TestStage:
 
         small = torch.rand(1, 3, 40, 26) * 2 - 1
         options = SamplingConfig(steps=3, guidance=1.0, rows=3, sampler="ddpm")
-        whole, net = stage.config.resolution_px, stage.denoiser.net
+        net = stage.denoiser.net
         stage.denoiser.net = PerCell()
         try:
             tiled = stage.sample(Conditioning(*text), Conditioning(*null), [5], options, small)
-            object.__setattr__(stage.config, "resolution_px", 10_000)
+            stage.tile_px = 1024
             once = stage.sample(Conditioning(*text), Conditioning(*null), [5], options, small)
         finally:
-            object.__setattr__(stage.config, "resolution_px", whole)
-            stage.denoiser.net = net
+            stage.tile_px, stage.denoiser.net = None, net
         assert tiled.shape == (1, 3, 80, 52)
         assert torch.allclose(tiled, once, atol=1e-4)
 
@@ -253,6 +252,16 @@ class TestRefused:
             ({"overrides": ["sr.level=0.7"]}, "beyond the max_level"),
         ):
             self.refused([source], folder, out=tmp_path / "out", match=reason, **options)
+
+    def test_tiles(self, folder: Path, tmp_path: Path) -> None:
+        source = picture(tmp_path / "a.png")
+        self.refused([source], folder, out=tmp_path / "out", tile=30, match="a multiple of 16 from 32 .* try 32")
+        self.refused([source], folder, out=tmp_path / "out", tile=4, match="try 32")
+        lines: list[str] = []
+        upscale([source], folder, out=tmp_path / "one", tile=2048, tell=lines.append)
+        upscale([source], folder, out=tmp_path / "many", tile=32, tell=lines.append)
+        assert "one tile" in lines[0]
+        assert "6 tiles" in lines[1]
 
     def test_the_stages_of_a_scale(self, cascade: Cascade) -> None:
         assert [s.config.name for s in enlarging(cascade, 2).stages] == ["middle"]

@@ -17,9 +17,10 @@ import psutil
 import pytest
 from PIL import Image
 
-from ldm import decode, workers
+from ldm import decode
 from ldm.config import UserError
 from training import data as reading
+from training import workers
 from training.data import DataConfig, Reader
 from training.workers import Broken, Pool, Slow
 

@@ -1,6 +1,6 @@
 """How fast training, encoding and drawing are on this machine, against what the machine can do; `make bench`.
 
-`python -m training.bench` prints every section as a table, each from a process of its own, in about eight minutes on
+`python -m training.bench` prints every section as a table, each from a process of its own, in about ten minutes on
 two cores. --quick: few repeats. --only SECTION: that one. --compile: also torch.compile, which takes minutes.
 Other programs on the machine spoil the figures: the calibration before and after shows some of that.
 """
@@ -24,6 +24,7 @@ SECTIONS: dict[str, Callable[[Setup, Table], None]] = {
     "machine": machine,
     "autoencoder": partial(stage, name="autoencoder"),
     "base": partial(stage, name="base"),
+    "sr": partial(stage, name="sr"),
     "encode": encoding,
     "drawing": drawing,
     "levers": levers,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from statistics import median
 from typing import Any
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ldm.text import TextEncoder
 from ldm.weights import Codec
+from pipelines.cascade import Cascade, load_cascade
 from training import autoencoder, diffusion
 from training.bench_tools import (
     ROOT,
@@ -194,43 +195,46 @@ def _gain(setup: Setup, table: Table, reader: Reader, examples: list[Example], c
 
 
 def drawing(setup: Setup, table: Table) -> None:
-    """Where the time of a picture goes."""
-    more = [] if setup.init is None else [f"init={ROOT / setup.init}"]
-    config = setup.config("base", *more)
-    task = build_task(config)
-    assert isinstance(task, DiffusionTask)
-    cascade = task.cascade(task.module.eval())
-    sampling, prompts = config.sampling, config.preview.prompts
-    count = sampling.rows
-    prompts = (prompts * count)[:count]
-    parts: dict[str, list[float]] = {"text": [], "network": [], "decoding": []}
-    calls: list[float] = []
+    """Where the time of a picture goes, stage by stage: one picture, and as many as make full network calls."""
+    if setup.init is not None:
+        cascade = load_cascade(ROOT / setup.init)
+    else:
+        task = build_task(setup.config("base"))
+        assert isinstance(task, DiffusionTask)
+        cascade = task.cascade(task.module.eval())
+    prompts = setup.config("base").preview.prompts
+    side = cascade.stages[-1].config.resolution_px
+    table.title(f"drawing: pictures of {side} px")
+    for count in (1, max(stage.config.sampling.rows for stage in cascade.stages)):
+        whole, parts = _drawn(cascade, (prompts * count)[:count], setup.times(5))
+        table.line(f"a picture, {count} at once", "s", whole, at_most=5)
+        for name, found in parts.items():
+            table.line(f"  {name}", "s", found)
+        for stage in cascade.stages[1:]:
+            shares = [100 * r for r in ratios(parts[stage.config.name], whole)]
+            table.line(f"  {stage.config.name}, of the whole", "%", shares, at_most=50)
+
+
+def _drawn(cascade: Cascade, prompts: Sequence[str], repeats: int) -> tuple[list[float], dict[str, list[float]]]:
+    """Seconds of a picture, and of what it is made of."""
+    watched: dict[str, tuple[Any, str]] = {"text of prompt and null": (cascade.text, "encode")}
+    for stage in cascade.stages:
+        name, options = stage.config.name, stage.config.sampling
+        watched[name] = (stage, "sample")
+        watched[f"  {name}'s network, {options.steps} steps, guidance {options.guidance:g}"] = (
+            stage.denoiser.net, "forward"
+        )  # fmt: skip
+        watched[f"  {name}'s decoding"] = (stage.codec.module, "decode")
+    parts: dict[str, list[float]] = {name: [] for name in watched}
 
     def draw() -> None:
-        watches = {name: Stopwatch() for name in parts}
-        watched: dict[str, tuple[Any, str]] = {
-            "text": (cascade.text, "encode"), "network": (cascade.stages[0].denoiser.net, "forward"),
-            "decoding": (cascade.codec.module, "decode"),
-        }  # fmt: skip
+        watches = {name: Stopwatch() for name in watched}
         with ExitStack() as patches:
             for name, (owner, method) in watched.items():
-                work = watches[name].timed(getattr(owner, method))
-                patches.enter_context(patch.object(owner, method, work))
-            cascade(prompts, list(range(count)))
-        for name, found in parts.items():
-            found.append(watches[name].total / count)
-        calls.extend(watches["network"].calls)
+                patches.enter_context(patch.object(owner, method, watches[name].timed(getattr(owner, method))))
+            cascade(prompts, list(range(len(prompts))))
+        for name, watch in watches.items():
+            parts[name].append(watch.total / len(prompts))
 
-    table.title(
-        f"drawing: {count} pictures at once, {sampling.sampler}, {sampling.steps} steps, guidance {sampling.guidance:g}"
-    )
-    repeats = setup.times(5)
     (whole,) = interleaved([draw], repeats)
-    table.line("a picture", "s", [s / count for s in whole])
-    table.line("  text of prompt and null", "s", parts["text"][1:])
-    table.line(f"  network, all {len(calls) // (repeats + 1)} calls", "s", parts["network"][1:])
-    table.line("  decoding", "s", parts["decoding"][1:])
-    rest = [s / count - sum(each) for s, *each in zip(whole, *(p[1:] for p in parts.values()), strict=True)]
-    table.line("  the rest: sampler, guidance, draws", "s", rest)
-    first = len(calls) // (repeats + 1)
-    table.line(f"one call of the network, {2 * count} rows", "s", calls[first:])
+    return [s / len(prompts) for s in whole], {name: found[1:] for name, found in parts.items()}

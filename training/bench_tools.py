@@ -10,7 +10,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import redirect_stderr
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import median
 from typing import Any, TypeVar
@@ -43,8 +43,8 @@ R = TypeVar("R")
 class Setup:
     """What a benchmark runs on; all of it travels to other processes as JSON.
 
-    folder: for caches and runs. configs: a folder with autoencoder.yaml and base.yaml. init: released weights that
-    fit base.yaml, or None for random ones. overrides: of both configs.
+    folder: for caches and runs. configs: a folder with autoencoder.yaml, base.yaml and sr.yaml. init: a released
+    cascade that fits base.yaml, or None for random weights. overrides: of all configs.
     """
 
     folder: str
@@ -69,8 +69,8 @@ class Setup:
     def config(self, name: str, *more: str) -> Any:
         """The config of a stage on the pictures of the tests, with the shipped codec."""
         here = [f"data.path={ROOT / 'tests/data/emoji'}", f"cache={Path(self.folder) / 'cache'}", "loop.trackers=[]"]
-        here += [f"codec={ROOT / CODEC}"] if name == "base" else []
-        return load(RunConfig, ROOT / self.configs / f"{name}.yaml", [*here, *self.overrides, *more])
+        config = load(RunConfig, ROOT / self.configs / f"{name}.yaml", [*here, *self.overrides, *more])
+        return replace(config, codec=str(ROOT / CODEC)) if isinstance(config.codec, str) else config
 
 
 class Table:

@@ -7,12 +7,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from ldm.config import UserError, to_dict
 from ldm.weights import write_json
-from pipelines.cascade import load_cascade
+from pipelines.cascade import Cascade, load_cascade
 from pipelines.generate import check_out
 from pipelines.images import grid, save_png, to_uint8
-from pipelines.stage import StageConfig
+from pipelines.stage import Stage, StageConfig
 from training.boundary import (
     Held,
     after_base,
@@ -24,6 +26,7 @@ from training.boundary import (
     sweep,
     what_counts,
 )
+from training.boundary_tiles import tiled_against_whole
 from training.data import DataConfig, Reader
 from training.environment import environment, prepare_process
 from training.features import Features
@@ -35,12 +38,14 @@ UNITS = {"psnr_db": "PSNR, dB", "distance": "LPIPS-type distance (efflite0)", "c
 
 def evaluate(model: str | Path, data: str | Path, out: str | Path, stage: str | None = None, pictures: int = 96,
              split: str | None = "combos", against: Sequence[str | Path] = (), levels: Sequence[float] = (0.0,),
-             steps: Sequence[int] = (1, 2, 4, 8), sweep_pictures: int = 32, save: bool = False, overwrite: bool = False,
+             steps: Sequence[int] = (1, 2, 4, 8), sweep_pictures: int = 32, tiled: int = 0, save: bool = False,
+             overwrite: bool = False,
              tell: Callable[[str], None] = lambda line: None) -> Path:  # fmt: skip
     """Measure an SR stage of the cascade `model` on held-out pictures of `data`; returns OUT/report.json.
 
     pictures: how many, evenly spread over the split. against: other SR cascades to stand beside it. levels, steps:
-    of the sweep, on `sweep_pictures` of them; save: keep its best setting as the stage's default.
+    of the sweep, on `sweep_pictures` of them; save: keep its best setting as the stage's default. tiled: how many of
+    the large pictures to enlarge in tiles and at once.
     Raises UserError where model, data or settings do not fit together.
     """
     prepare_process()
@@ -51,7 +56,7 @@ def evaluate(model: str | Path, data: str | Path, out: str | Path, stage: str | 
     assert config is not None
     if any(not 0 <= level <= config.max_level for level in levels) or any(count < 1 for count in steps):
         raise UserError(f"levels must be from 0 to {config.max_level}, which the stage was trained to, steps from 1")
-    others = {Path(folder).parent.name or str(folder): load_cascade(folder) for folder in against}
+    others = {Path(folder).parent.name or str(folder): _peer(folder, chosen) for folder in against}
     reader = Reader(DataConfig(path=str(data), split=split, size_px=chosen.config.resolution_px))
     rows = reader.rows
     count = min(pictures, len(rows))
@@ -59,12 +64,11 @@ def evaluate(model: str | Path, data: str | Path, out: str | Path, stage: str | 
     features = Features()
     tell(f"{count} pictures of {split or 'the set'}, {len(set(held.groups))} groups; 95% intervals over groups")
 
-    found = against_truth(cascade, chosen, others, held, features)
     report: dict[str, Any] = {"pictures": count, "split": split, "stage": chosen.config.name, "model": cascade.digest,
                               "sampling": to_dict(chosen.config.sampling), **environment()}  # fmt: skip
+    found = against_truth(cascade, chosen, others, held, features)
     report["ground_truth"] = {name: intervals(measures, held.groups) for name, (_, measures) in found.items()}
-    for name, values in report["ground_truth"].items():
-        tell(f"{name:18} " + "  ".join(f"{k} {m:.4g} ({a:.4g} to {b:.4g})" for k, (m, a, b) in values.items()))
+    _tell_table(report["ground_truth"], tell)
     few = held.first(sweep_pictures)
     report["what_counts"] = what_counts(cascade, chosen, few, found[chosen.config.name][0][: len(few)])
     tell("; ".join(f"{name} {value:.3g}" for name, value in report["what_counts"].items()))
@@ -80,16 +84,38 @@ def evaluate(model: str | Path, data: str | Path, out: str | Path, stage: str | 
         columns.update({f"level {s.level}": p for s, p in zip(settings, drawn[1:], strict=True)})
         for line in report["after_base"]:
             tell("after the base: " + "  ".join(f"{name} {value}" for name, value in line.items()))
+    if tiled:
+        report["tiled"] = tiled_against_whole(cascade, chosen, held.large[:tiled], held.captions[:tiled])
+        tell("tiled: " + "  ".join(f"{name} {value}" for name, value in report["tiled"].items()))
     report["columns"] = list(columns)
-    Path(out).mkdir(parents=True, exist_ok=True)
-    _draw(cells, Path(out) / "curves.png")
-    few_rows = range(min(SHOWN_PICTURES, count))
-    tiles = [to_uint8(pictures[i : i + 1])[0] for i in few_rows for pictures in columns.values()]
-    save_png(grid(tiles, len(columns)), Path(out) / "pictures.png")
     if save:
         keep(Path(model), chosen.config, report["best"])
-    write_json(Path(out) / "report.json", report)
-    return Path(out) / "report.json"
+    return _write(Path(out), report, columns)
+
+
+def _peer(folder: str | Path, stage: Stage) -> Cascade:
+    """The SR stage of another cascade that does what `stage` does."""
+    cascade = load_cascade(folder)
+    own = sr_stage(cascade).config
+    if (own.resolution_px, own.input_px) != (stage.config.resolution_px, stage.config.input_px):
+        raise UserError(f"{folder}: {own.input_px} -> {own.resolution_px} px cannot stand beside "
+                        f"{stage.config.input_px} -> {stage.config.resolution_px} px")  # fmt: skip
+    return cascade.only(own.name)
+
+
+def _tell_table(table: dict[str, dict[str, list[float]]], tell: Callable[[str], None]) -> None:
+    for name, values in table.items():
+        tell(f"{name:18} " + "  ".join(f"{k} {m:.4g} ({a:.4g} to {b:.4g})" for k, (m, a, b) in values.items()))
+
+
+def _write(out: Path, report: dict[str, Any], columns: dict[str, Tensor]) -> Path:
+    out.mkdir(parents=True, exist_ok=True)
+    _draw(report["sweep"], out / "curves.png")
+    shown_rows = range(min(SHOWN_PICTURES, report["pictures"]))
+    tiles = [to_uint8(pictures[i : i + 1])[0] for i in shown_rows for pictures in columns.values()]
+    save_png(grid(tiles, len(columns)), out / "pictures.png")
+    write_json(out / "report.json", report)
+    return out / "report.json"
 
 
 def keep(model: Path, config: StageConfig, setting: dict[str, Any]) -> None:
