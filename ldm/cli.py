@@ -119,13 +119,18 @@ def train(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Check config, data and one step of everything; print the plan; stop.")
     ] = False,
+    shapes: Annotated[
+        bool, typer.Option("--shapes", help="With --dry-run: shapes and work alone; no data, weights or memory.")
+    ] = False,
     overrides: Set = None,
 ) -> None:
     """Train a stage. The same command resumes a run that was interrupted."""
-    from training.run import train
+    from training import run as module
 
     given = [*(overrides or []), *([f"init={init}"] if init else [])]
-    typer.echo(str(train(config, run, given, resume, dry_run)))
+    if shapes and not dry_run:
+        raise typer.BadParameter("--shapes says how to do a --dry-run: give both")
+    typer.echo(module.shapes(config, given) if shapes else str(module.train(config, run, given, resume, dry_run)))
 
 
 @ckpt_app.command("ls")

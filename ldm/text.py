@@ -14,13 +14,14 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from ldm.config import Config, UserError
+from ldm.config import UserError
+from ldm.text_config import TextConfig as TextConfig
 
 ROWS = 8  # every network call has this many rows, because other shapes give other last bits
 STEP = 4  # and a length, rounded up to a multiple of this, that depends on the caption alone
@@ -69,23 +70,6 @@ _FIELDS = (
     *("relative_attention_num_buckets", "relative_attention_max_distance", "layer_norm_epsilon"),
     "feed_forward_proj",
 )
-
-
-@dataclass(frozen=True)
-class TextConfig(Config):
-    """Which text encoder. `minilm` is the packaged one; open_clip is a folder with open_clip_config.json.
-    The others are folders in Hugging Face layout, or text_encoder/ of a diffusers folder beside tokenizer/.
-    """
-
-    kind: Literal["minilm", "bert", "clip", "t5", "open_clip"] = "minilm"
-    path: str | None = None
-    max_tokens: int | None = None  # None = 20, and for clip and open_clip all of the network's positions
-
-    def __post_init__(self) -> None:
-        if (self.path is None) != (self.kind == "minilm"):
-            raise ValueError(f"kind {self.kind} {'needs a' if self.path is None else 'takes no'} path")
-        if self.max_tokens is not None and self.max_tokens < 2:
-            raise ValueError("max_tokens must be at least 2")
 
 
 @dataclass(frozen=True)
@@ -178,6 +162,10 @@ class TextEncoder:
 
 def load_text_encoder(config: TextConfig, device: torch.device | str = "cpu") -> TextEncoder:
     """The encoder of `config`, complete and frozen. Raises UserError, with the reason, if there is none."""
+    if config.kind == "joint":
+        from ldm.joint_text import JointTextEncoder  # here, because it is made of what is defined above
+
+        return JointTextEncoder(config, [load_text_encoder(TextConfig(**vars(p)), device) for p in config.parts])
     folder = _minilm_folder() if config.path is None else Path(config.path)
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder (text encoder of kind {config.kind})")
@@ -191,6 +179,8 @@ def load_text_encoder(config: TextConfig, device: torch.device | str = "cpu") ->
     if max_tokens > limit or (whole and max_tokens < limit):
         kept = f"keeps all of its {limit} states" if whole else f"has {limit} positions at most"
         raise UserError(f"{folder}: max_tokens is {max_tokens}, but this {config.kind} encoder {kept}")
+    if config.width not in (None, parts.width):
+        raise UserError(f"{folder}: its states have width {parts.width}, but text.width says {config.width}")
     return TextEncoder(config, parts, max_tokens, torch.device(device))
 
 

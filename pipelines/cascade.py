@@ -152,12 +152,10 @@ class Cascade:
         codecs = {stage.config.codec: stage.codec for stage in self.stages}
         for name, codec in codecs.items():
             save_codec(codec.module, partial / name)
-        text = self.text.config
-        if text.kind != "minilm":
-            (partial / "text").mkdir()
-            for name, path in self.text.files.items():
-                shutil.copyfile(path, partial / "text" / name)
-            text = replace(text, path="text")
+        text = self.text.config.placed("text")
+        for name, path in self.text.files.items() if text.kind != "minilm" else ():
+            (partial / "text" / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path, partial / "text" / name)
         for stage in self.stages:
             save_network(stage.denoiser.net, partial / stage.config.name / "unet")
             config = replace(stage.config, codec_digest=codec_digest(partial / stage.config.codec))
@@ -194,8 +192,7 @@ def load_cascade(folder: str | Path, device: torch.device | str = "cpu") -> Casc
     codecs = {name: load_codec(folder / name) for name in sorted({c.codec for c in configs.values()})}
     for codec in codecs.values():
         codec.module.to(device)
-    text_config = config.text if config.text.path is None else replace(config.text, path=str(folder / "text"))
-    text = load_text_encoder(text_config, device)
+    text = load_text_encoder(config.text.placed(str(folder / "text")), device)
     stages = [_load_stage(folder / n, c, codecs[c.codec], text.digest, device) for n, c in configs.items()]
     return Cascade(stages, text, folder_digest(folder, "cascade.json", *codecs, "text", *config.stages))
 

@@ -117,16 +117,19 @@ class DiffusionRun(StageRun):
         pixels = LatentCodec(CodecConfig(unshuffle=self.unshuffle, autoencoder=None))
         codec = load_codec(self.codec) if self.codec is not None else Codec(pixels, PIXELS)
         codec.module.to(device)
-        factor = codec.module.config.factor
+        self.check_sizes(codec.module.config)
+        return codec, load_text_encoder(self.text, device)
+
+    def check_sizes(self, codec: CodecConfig) -> None:
+        """Raise UserError where pictures or crops do not fit the grids of a codec and the U-Net."""
+        factor, crop = codec.factor, self.upscaling.crop_px
         multiple = factor * self.unet.factor
-        crop = self.upscaling.crop_px
         for name, side in (("data.size_px", self.data.size_px), ("upscaling.crop_px", crop)):
             if side is not None and side % (multiple if name != "data.size_px" or self.low_res else factor):
                 raise UserError(f"{name} {side} must be a multiple of {multiple}: {factor} px of the codec times "
                                 f"{self.unet.factor} of the U-Net's levels")  # fmt: skip
         if crop is not None and crop > self.data.size_px:
             raise UserError(f"upscaling.crop_px {crop} is larger than data.size_px {self.data.size_px}")
-        return codec, load_text_encoder(self.text, device)
 
 
 class DiffusionModule(nn.Module):

@@ -28,6 +28,7 @@ from training.log import check_trackers
 from training.plan import Plan
 from training.posthoc import combine
 from training.processes import check_world, process_state, together
+from training.shapes import check_shapes
 from training.stop import Stop
 from training.tasks import RunConfig, build_task, load_parts
 
@@ -56,6 +57,11 @@ def train(config_path: str | Path, run: str | Path | None = None, overrides: Seq
         if dry_run:
             return _rehearse(config, folder, stop)
         return _train(config, folder, resume, stop)
+
+
+def shapes(config_path: str | Path, overrides: Sequence[str] = ()) -> str:
+    """Check a config by one step on the meta device: no data, no weights, no memory; returns what was found."""
+    return check_shapes(load(RunConfig, config_path, overrides), Path(config_path))
 
 
 def encode(config_path: str | Path, overrides: Sequence[str] = ()) -> Cache:

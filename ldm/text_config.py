@@ -1,0 +1,47 @@
+"""Which text encoder a stage is told by: one, or several as one."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from ldm.config import Config
+
+
+@dataclass(frozen=True)
+class TextPart(Config):
+    """Which text encoder. `minilm` is the packaged one; open_clip is a folder with open_clip_config.json.
+    The others are folders in Hugging Face layout, or text_encoder/ of a diffusers folder beside tokenizer/.
+
+    width: of its states, where that is to be known without the encoder; another one is refused.
+    """
+
+    kind: Literal["minilm", "bert", "clip", "t5", "open_clip", "joint"] = "minilm"
+    path: str | None = None
+    max_tokens: int | None = None  # None = 20, and for clip and open_clip all of the network's positions
+    width: int | None = None
+
+    def __post_init__(self) -> None:
+        if (self.path is None) != (self.kind in ("minilm", "joint")):
+            raise ValueError(f"kind {self.kind} {'needs a' if self.path is None else 'takes no'} path")
+        if self.max_tokens is not None and self.max_tokens < 2:
+            raise ValueError("max_tokens must be at least 2")
+
+
+@dataclass(frozen=True)
+class TextConfig(TextPart):
+    """One text encoder, or with kind `joint` several, their states one after the other."""
+
+    parts: tuple[TextPart, ...] = ()
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if (self.kind == "joint") != (len(self.parts) > 1) or any(part.kind == "joint" for part in self.parts):
+            raise ValueError("kind joint needs two parts or more, none of them joint; other kinds have no parts")
+
+    def placed(self, folder: str) -> TextConfig:
+        """The same encoder with its files in a folder as a cascade keeps them: those of part i in folder/i."""
+        if self.kind != "joint":
+            return self if self.path is None else replace(self, path=folder)
+        parts = (p if p.path is None else replace(p, path=f"{folder}/{i}") for i, p in enumerate(self.parts))
+        return replace(self, parts=tuple(parts))

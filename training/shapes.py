@@ -1,0 +1,128 @@
+"""`ldm train CONFIG --dry-run --shapes`: one step on the meta device, of a config whose networks fit no machine here.
+
+No data, no weights, no memory: shapes of everything, counted work, and the bytes that training would need.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from ldm.conditioning import Conditioning
+from ldm.config import UserError, load, parse
+from ldm.denoiser import Denoiser
+from ldm.latents import CodecConfig, LatentCodec
+from ldm.models.unet import build_unet
+from ldm.noise import NoiseSchedule
+from ldm.text import TextConfig, load_text_encoder
+from ldm.weights import read_json
+from training.autoencoder import AutoencoderRun
+from training.diffusion import DiffusionRun
+from training.steps import autoencoder_step
+from training.tasks import RunConfig
+
+COPIES = 4  # of each parameter in float32: weight, gradient, AdamW's two moments; averages come on top
+
+
+def check_shapes(config: AutoencoderRun | DiffusionRun, config_path: Path) -> str:
+    """One forward and backward pass of a batch on the meta device; returns what it found, in lines.
+
+    A codec folder that is not there yet is taken from autoencoder.yaml beside the config; of a text encoder that is
+    not there only `width` and `max_tokens` are needed. Raises UserError where shapes do not fit.
+    """
+    try:
+        with FlopCounterMode(display=False) as counter:
+            if isinstance(config, AutoencoderRun):
+                module, loss, lines = _autoencoder(config)
+            else:
+                module, loss, lines = _diffusion(config, config_path)
+            forward = counter.get_total_flops()
+            torch.autograd.backward(loss)
+        work = counter.get_total_flops()
+    except (RuntimeError, ValueError) as error:
+        raise UserError(f"{config_path}: the shapes do not fit: {error}") from None
+    if any(p.grad is None for p in module.parameters()):
+        unused = next(name for name, p in module.named_parameters() if p.grad is None)
+        raise UserError(f"{config_path}: {unused} plays no part in the loss")
+    parameters = sum(p.numel() for p in module.parameters())
+    batch, averages = config.loop.batch, 1 + len(config.ema.powers)
+    memory = 4 * parameters * (COPIES + averages)
+    return "\n".join([
+        f"shapes fit: {config_path}", *lines, f"{parameters / 1e6:.1f} million parameters",
+        f"memory without activations: {memory / 1e9:.1f} GB for weights, gradients, optimizer and averages",
+        f"work: {forward / batch / 1e9:.1f} GFLOP an image forward, {work / batch / 1e9:.1f} in training; "
+        f"{work / batch * config.loop.images / 1e18:.2f} EFLOP for {config.loop.images} images",
+    ])  # fmt: skip
+
+
+def _autoencoder(config: AutoencoderRun) -> tuple[nn.Module, Tensor, list[str]]:
+    with torch.device("meta"):
+        codec = LatentCodec(config.codec)
+    crop = config.reconstruction.crop_px
+    pixels = torch.randn(config.loop.batch, 3, crop, crop, device="meta")
+    side = crop // config.codec.factor
+    noise = torch.randn(len(pixels), config.codec.latent_channels, side, side, device="meta")
+    loss = autoencoder_step(codec, pixels, noise, config.reconstruction).losses[0]
+    whole = config.data.size_px // config.codec.factor
+    return codec, loss, [f"{config.data.size_px} px -> latents {whole} x {whole} x {config.codec.latent_channels}"]
+
+
+def _diffusion(config: DiffusionRun, config_path: Path) -> tuple[nn.Module, Tensor, list[str]]:
+    codec = codec_config(config, config_path)
+    config.check_sizes(codec)
+    width, tokens, masked = text_shape(config.text)
+    low_res = config.low_res
+    extra = low_res.channels(codec.factor) if low_res else 0
+    with torch.device("meta"):
+        net = build_unet(config.unet, codec.latent_channels, width, extra)
+    # a schedule's table is needed with its values
+    denoiser = Denoiser(net, NoiseSchedule(config.schedule), config.denoiser).to("meta")
+    crop = (config.upscaling.crop_px or config.data.size_px) if low_res else config.data.size_px
+    batch, side = config.loop.batch, crop // codec.factor
+    mask = torch.ones(batch, tokens, dtype=torch.bool, device="meta") if masked else None
+    cond = Conditioning(torch.randn(batch, tokens, width, device="meta"), mask)
+    if low_res:
+        level = torch.zeros(batch, dtype=torch.float64)
+        cond = cond.join(Conditioning(low_res=torch.randn(batch, extra, side, side, device="meta"), level=level))
+    x0 = torch.randn(batch, codec.latent_channels, side, side, device="meta")
+    t = torch.full((batch,), 0.5, dtype=torch.float64)
+    loss = denoiser.loss(x0, torch.randn_like(x0), t, cond).mean()
+    lines = [f"latents {side} x {side} x {codec.latent_channels} of {crop} px; text {tokens} x {width}"]
+    if low_res:
+        small = config.data.size_px // low_res.scale
+        lines.append(f"told of {small} px by {side} x {side} x {extra}; makes {config.data.size_px} px")
+    return denoiser, loss, lines
+
+
+def codec_config(config: DiffusionRun, config_path: Path) -> CodecConfig:
+    """The codec's shape: of its folder, or of the config beside this one that is to make it."""
+    if config.codec is None:
+        return CodecConfig(unshuffle=config.unshuffle, autoencoder=None)
+    file = Path(config.codec) / "config.json"
+    if file.is_file():
+        found: CodecConfig = parse(CodecConfig, read_json(file), str(file))
+        return found
+    beside = config_path.with_name("autoencoder.yaml")
+    if not beside.is_file():
+        raise UserError(f"{config.codec}: no codec there, and no {beside} that would make it")
+    made: Any = load(RunConfig, beside)
+    return made.codec  # type: ignore[no-any-return]
+
+
+def text_shape(text: TextConfig) -> tuple[int, int, bool]:
+    """Width, tokens and whether padding is told apart: of the encoder, or what the config says of one not here."""
+    parts = text.parts or (text,)
+    if all(part.path is None or Path(part.path).is_dir() for part in parts):
+        encoder = load_text_encoder(text, "cpu")
+        return encoder.width, encoder.max_tokens, encoder.uses_mask
+    found = []
+    for part in parts:
+        if part.width is None or part.max_tokens is None:
+            raise UserError(f"{part.path}: no text encoder there; to check shapes without it, say its width and "
+                            "max_tokens")  # fmt: skip
+        found.append((part.width, part.max_tokens))
+    return max(w for w, _ in found), sum(n for _, n in found), parts[-1].kind not in ("clip", "open_clip")
