@@ -196,11 +196,14 @@ class Denoiser(nn.Module):
         if cond.low_res is not None:
             x = torch.cat([x, cond.low_res.to(x)], 1)
         dtype = next(self.net.parameters()).dtype
+        # without self-attention, diffusers' first attention of a block sees the text too, under the other mask
+        own = cond.text_mask if getattr(getattr(self.net, "config", None), "only_cross_attention", False) else None
         out: Tensor = self.net(
             x.to(dtype),
             self.schedule.network_time(t).to(x.device),
             encoder_hidden_states=None if cond.text is None else cond.text.to(dtype),
             encoder_attention_mask=cond.text_mask,
+            attention_mask=own,
             class_labels=None if cond.level is None else (1000 * cond.level).to(x),
         ).sample
         return out.to(torch.promote_types(x_t.dtype, torch.float32))

@@ -107,3 +107,9 @@ class LatentCodec(nn.Module):
         """Raw latents (B, C, h, w) -> pixels (B, 3, H, W), not clipped."""
         squares = raw if self.autoencoder is None else self.autoencoder.decode(raw).sample
         return pixel_shuffle(squares, self.config.unshuffle)
+
+
+@torch.no_grad()
+def decode_rows(codec: LatentCodec, raw: Tensor, rows: int) -> Tensor:
+    """Decode raw latents (B, C, h, w), `rows` at a time -> pixels (B, 3, H, W) on the CPU."""
+    return torch.cat([codec.decode(part.to(codec.device)).cpu() for part in torch.split(raw, rows)])

@@ -183,6 +183,7 @@ class TestParts:
         (["upscaling.degradation.jpeg_quality=[30, 200]"], "ends at 100"),
         (["low_res.levels.kind=flow"], "alpha above 0"),
         (["times=last", "denoiser.target=eps"], "says nothing of x0 at t = 1"),
+        (["times=last"], "min_snr would weight its loss by nothing"),
     ],
 )
 def test_configs_that_cannot_be_are_refused(runs: Path, wrong: list[str], reason: str, tmp_path: Path) -> None:

@@ -167,7 +167,7 @@ class TestOneFunction:
         stage = task.cascade(task.module).stages[0]
         config, factor = stage.config.low_res, stage.codec.module.config.factor
         assert config is not None
-        small = training.steps.small_pictures(task.cache, [0, 1], task.module.frozen)
+        small = training.steps.small_pictures(task.cache, [0, 1], task.cache.stored([0, 1]), task.module.frozen)
         assert small is not None
         side = small.shape[1] * config.scale // factor
         text = Conditioning(*task._text.encode(["a cat", "a dog"]))
@@ -253,7 +253,8 @@ class TestOneFunction:
         found = task.cache.low_res([0, 1, 2]).numpy()
         assert np.abs(found - means).max() <= 0.5
         from_pixels = of("sr", tiny, *PIXELS)
-        made = training.steps.small_pictures(from_pixels.cache, [0, 1, 2], from_pixels.module.frozen)
+        stored = from_pixels.cache.stored([0, 1, 2])
+        made = training.steps.small_pictures(from_pixels.cache, [0, 1, 2], stored, from_pixels.module.frozen)
         means = pictures.reshape(3, 32, 2, 32, 2, 3).astype(float).mean((2, 4))
         assert np.abs(made.numpy() - means).max() <= 0.5  # type: ignore[union-attr]
 
@@ -270,7 +271,7 @@ class TestCrops:
         small = drawn.cond.low_res[:, :3]
         means = drawn.x0.view(16, 3, 16, 8, 8).mean(2)
         assert (means - small).abs().max() < 1.5 / 127.5
-        whole = training.steps.small_pictures(task.cache, batch.indices, task.module.frozen)
+        whole = training.steps.small_pictures(task.cache, batch.indices, batch.stored(), task.module.frozen)
         assert whole is not None
         assert not torch.allclose(small, planes(whole)[:, :, :8, :8])
 
@@ -282,7 +283,8 @@ class TestCrops:
         raw = training.steps.raw_latents(stored, small, frozen)
         large = frozen.codec.decode(raw) + ldm.low_res.enlarge(planes(small), 2)
         assert torch.allclose(large, planes(stored), atol=1e-6)
-        stored, small = task.cache.stored(range(48)), training.steps.small_pictures(task.cache, range(48), frozen)
+        stored = task.cache.stored(range(48))
+        small = training.steps.small_pictures(task.cache, range(48), stored, frozen)
         x0 = frozen.normalisation.apply(training.steps.raw_latents(stored, small, frozen))
         assert 0.8 < float(x0.std()) < 1.2
 
@@ -307,6 +309,22 @@ def test_online_gives_the_same_inputs(tiny: list[str], task: DiffusionTask) -> N
             assert all(torch.equal(getattr(one, name), getattr(other, name)) for name in ("text", "low_res", "level"))
         else:
             assert torch.equal(one, other)
+
+
+def test_padding_of_the_text_is_no_text(task: DiffusionTask) -> None:
+    """Whatever stands at masked places, in each of a block's attentions."""
+    text = Conditioning(*task._text.encode(["a red heart", "a cat"]))
+    assert text.text is not None
+    assert text.text_mask is not None
+    told = Conditioning(low_res=torch.randn(2, 12, 8, 8), level=torch.zeros(2))
+    x, t = torch.randn(2, 8, 8, 8), torch.full((2,), 0.7, dtype=torch.float64)
+    noisy = torch.where(text.text_mask[..., None], text.text, torch.randn_like(text.text))
+    with torch.no_grad():
+        plain, other = (task.module.denoiser(x, t, Conditioning(s, text.text_mask).join(told)).x0
+                        for s in (text.text, noisy))  # fmt: skip
+        changed = task.module.denoiser(x, t, Conditioning(text.text.flip(0), text.text_mask).join(told)).x0
+    assert torch.allclose(plain, other, atol=1e-5)
+    assert not torch.allclose(plain, changed, atol=1e-5)
 
 
 def test_guidance_can_act_on_either(task: DiffusionTask) -> None:

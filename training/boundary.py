@@ -78,15 +78,11 @@ def colour_shift(drawn: Tensor, wanted: Tensor) -> Tensor:
     return (drawn.clamp(-1, 1).mean((2, 3)) - wanted.mean((2, 3))).abs().mean(1) * 127.5
 
 
-def _ssim(a: Tensor, b: Tensor) -> Tensor:
-    return torch.cat([ssim(x, y) for x, y in zip(torch.split(a, 16), torch.split(b, 16), strict=True)])
-
-
 def compare(drawn: Tensor, held: Held, features: Features) -> Measures:
     """Measures of each picture against the truth, and against the small picture it was made of."""
     return {
         "psnr_db": psnr(drawn, held.large),
-        "ssim": _ssim(drawn, held.large),
+        "ssim": ssim(drawn, held.large),
         "distance": features.distance(drawn, held.large),
         "colour_shift": colour_shift(drawn, held.large),
         "consistency_db": consistency(drawn, held.small),

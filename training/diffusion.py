@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,21 +15,22 @@ from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
 from ldm.conditioning import Conditioning
-from ldm.config import Config, UserError
+from ldm.config import Config, UserError, parse, to_dict
 from ldm.denoiser import Denoiser, DenoiserConfig
 from ldm.draws import keyed_generator
-from ldm.latents import CodecConfig, LatentCodec, Normalisation
-from ldm.low_res import LowResConfig
+from ldm.latents import CodecConfig, LatentCodec, Normalisation, decode_rows
+from ldm.low_res import DegradationConfig, LowResConfig
 from ldm.models.unet import UNetConfig, build_unet
 from ldm.noise import NoiseScheduleConfig
 from ldm.text import TextConfig, TextEncoder, load_text_encoder
-from ldm.weights import NETWORK_FILE, Codec, load_codec, load_network, write_json
+from ldm.weights import NETWORK_FILE, Codec, load_codec, load_network, read_json, write_json
 from pipelines.cascade import Cascade
 from pipelines.images import grid, save_png, to_uint8
 from pipelines.stage import SamplingConfig, Stage, StageConfig, build_denoiser
 from training.cache import Cache
 from training.data import Reader
 from training.encoders import LatentSums
+from training.files import write_atomically
 from training.loader import Batch
 from training.online import Online
 from training.processes import process_state
@@ -99,6 +102,8 @@ class DiffusionRun(StageRun):
             raise ValueError("denoiser.target eps does not determine x0 at t = 1 of a flow schedule: use v, x0 or flow")
         if self.times == "last" and self.denoiser.target == "eps":
             raise ValueError("denoiser.target eps says nothing of x0 at t = 1: with times last use v, x0 or flow")
+        if self.times == "last" and (self.denoiser.weighting == "min_snr" or self.sampling.steps != 1):
+            raise ValueError("with times last, sampling.steps must be 1, and min_snr would weight its loss by nothing")
         if self.schedule.kind != "flow" and self.sampling.steps > self.schedule.steps:
             raise ValueError(f"sampling.steps {self.sampling.steps} is beyond schedule.steps {self.schedule.steps}")
         if self.low_res is None and self.upscaling != UpscalingConfig():
@@ -108,8 +113,8 @@ class DiffusionRun(StageRun):
 
     @property
     def caches_latents(self) -> bool:
-        """Whether a picture's latent is the same each time; where small pictures are random, pixels are cached."""
-        return self.codec is not None and not (self.low_res is not None and self.upscaling.degradation.random)
+        """Whether latents are cached, with small pictures by area beside them; for any other degradation, pixels."""
+        return self.codec is not None and self.upscaling.degradation == DegradationConfig()
 
     def load_frozen(self) -> tuple[Codec, TextEncoder]:
         """The codec and the text encoder, on this process's device. Raises UserError where sizes do not fit."""
@@ -168,7 +173,7 @@ class DiffusionTask:
         unit = Normalisation(mean=(0.0,) * channels, std=(1.0,) * channels)
         frozen = Frozen(codec.module, unit, self.cache.null, config.dropout, config.low_res, config.upscaling,
                         config.times)  # fmt: skip
-        frozen = with_statistics(frozen, self.cache)
+        frozen = with_statistics(frozen, codec.digest, self.cache)
         self._stage = StageConfig(
             name=config.name,
             resolution_px=config.data.size_px,
@@ -231,12 +236,12 @@ class DiffusionTask:
 
     def _pictures(self, indices: Sequence[int], frozen: Frozen) -> tuple[Tensor, np.ndarray[Any, Any]]:
         """Small pictures (B, s, s, 3) uint8 and large ones, of latents their decoding."""
-        small, stored = small_pictures(self.held_out, indices, frozen), self.held_out.stored(indices)
+        stored = self.held_out.stored(indices)
+        small = small_pictures(self.held_out, indices, stored, frozen)
         assert small is not None
         if stored.dtype == torch.uint8:
             return small, stored.numpy()
-        decoded = [frozen.codec.decode(m[None].float().chunk(2, 1)[0]) for m in stored]
-        return small, to_uint8(torch.cat(decoded))
+        return small, to_uint8(decode_rows(frozen.codec, stored.float().chunk(2, 1)[0], 1))
 
     def export(self, module: nn.Module, folder: Path, facts: dict[str, Any]) -> None:
         with written_whole(folder) as partial:
@@ -247,8 +252,9 @@ class DiffusionTask:
 def evaluation_inputs(cache: Cache | Online, indices: Sequence[int], frozen: Frozen) -> tuple[Tensor, Conditioning]:
     """Normalised latents (B, C, h, w) of whole items, no draw of the posterior, and what a network is told of them:
     their first caption, their small picture at level 0."""
-    small = small_pictures(cache, indices, frozen)
-    x0 = frozen.normalisation.apply(raw_latents(cache.stored(indices), small, frozen))
+    stored = cache.stored(indices)
+    small = small_pictures(cache, indices, stored, frozen)
+    x0 = frozen.normalisation.apply(raw_latents(stored, small, frozen))
     cond = cache.text([cache.captions(i)[0] for i in indices])
     if frozen.low_res is not None and small is not None:
         level = torch.zeros(len(indices), dtype=torch.float64)
@@ -259,22 +265,45 @@ def evaluation_inputs(cache: Cache | Online, indices: Sequence[int], frozen: Fro
     return x0, cond
 
 
-def with_statistics(frozen: Frozen, cache: Cache | Online) -> Frozen:
-    """With the statistics of the stage's own latents: those of the cache, or of a residual measured on up to
-    STATISTICS_ITEMS items, evenly spread; pixels are left as they are."""
+def with_statistics(frozen: Frozen, codec_digest: str, cache: Cache | Online) -> Frozen:
+    """With the statistics of the stage's own latents: those of the cache, or where it has none, or for a residual,
+    measured as training draws them, on up to STATISTICS_ITEMS items, evenly spread; pixels are left as they are.
+
+    What is measured is kept beside the cache, so that a run that goes on elsewhere has the same. Called by all
+    processes.
+    """
     residual = frozen.low_res is not None and frozen.low_res.residual
     if frozen.codec.autoencoder is None and not residual:
         return frozen
     if cache.key.codec is not None and not residual:
         return replace(frozen, normalisation=cache.normalisation)
+    if not isinstance(cache, Cache):
+        return replace(frozen, normalisation=_measured(frozen, cache))
+    shape = None if frozen.low_res is None else to_dict(frozen.low_res)
+    key = json.dumps([codec_digest, shape, to_dict(frozen.upscaling.degradation)], sort_keys=True)
+    digest = hashlib.sha256(key.encode()).hexdigest()[:16]
+    file = cache.folder / f"statistics-{digest}.json"
+    with process_state().main_process_first():
+        if not file.exists():
+            made = to_dict(_measured(frozen, cache))
+            write_atomically(file, lambda path: write_json(path, made))
+    found: Normalisation = parse(Normalisation, read_json(file), str(file))
+    return replace(frozen, normalisation=found)
+
+
+def _measured(frozen: Frozen, cache: Cache | Online) -> Normalisation:
+    """Each item with its own draws, one at a time, so that the bits depend on nothing else."""
     count, sums = min(len(cache), STATISTICS_ITEMS), LatentSums()
-    chosen = [k * len(cache) // count for k in range(count)]
-    for start in range(0, count, EVALUATION_ROWS):
-        indices = chosen[start : start + EVALUATION_ROWS]
-        small = small_pictures(cache, indices, frozen)
-        sums.add_latents(raw_latents(cache.stored(indices), small, frozen))
+    for place in range(count):
+        index = [place * len(cache) // count]
+        generator = keyed_generator("statistics", index[0])
+        stored = cache.stored(index)
+        small = small_pictures(cache, index, stored, frozen, [generator])
+        latent = raw_latents(stored, small, frozen)
+        noise = torch.randn(latent.shape, generator=generator) if frozen.codec.autoencoder is not None else None
+        sums.add_latents(latent if noise is None else raw_latents(stored, small, frozen, noise))
     found = sums.statistics()
-    return replace(frozen, normalisation=Normalisation(mean=tuple(found["mean"]), std=tuple(found["std"])))
+    return Normalisation(mean=tuple(found["mean"]), std=tuple(found["std"]))
 
 
 def _unet_file(folder: Path, name: str) -> Path:

@@ -5,7 +5,7 @@ No optimizer and no process here. Draws come from each item's own generator, alw
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -116,6 +116,10 @@ class Frozen:
     upscaling: UpscalingConfig = UpscalingConfig()
     times: Literal["all", "last"] = "all"
 
+    def __deepcopy__(self, memo: object) -> Frozen:
+        """Itself: averages of a module share it."""
+        return self
+
 
 class DiffusionInputs(NamedTuple):
     """Everything a diffusion step draws: latents and noise (B, C, h, w), t (B,) float64, conditioning."""
@@ -131,14 +135,15 @@ def diffusion_inputs(batch: Batch, denoiser: Denoiser, frozen: Frozen) -> Diffus
     small picture, its level, the noise of that level, its dropout and the crop."""
     captions = [batch.cache.captions(i) for i in batch.indices]
     chosen = batch.integers([len(c) for c in captions])
-    stored, small = batch.stored(), small_pictures(batch.cache, batch.indices, frozen, batch.generators)
-    channels = frozen.codec.config.latent_channels
-    side = stored.shape[-1 if stored.dtype != torch.uint8 else 1]
-    side = side if stored.dtype != torch.uint8 else side // frozen.codec.config.factor
-    noise = batch.normal((channels, side, side)) if frozen.codec.autoencoder is not None else None
-    x0 = frozen.normalisation.apply(raw_latents(stored, small, frozen, noise))
-    window = _windows(batch, side, frozen)
-    x0 = window(x0)
+    stored = batch.stored()
+    small = small_pictures(batch.cache, batch.indices, stored, frozen, batch.generators)
+    factor = frozen.codec.config.factor
+    side = stored.shape[1] // factor if stored.dtype == torch.uint8 else stored.shape[-1]
+    crop = _crop(batch, side, frozen)
+    # of cached latents the whole is drawn: its noise must not depend on the crop
+    cells = crop.cells if stored.dtype == torch.uint8 else side
+    noise = batch.normal((frozen.codec.config.latent_channels, cells, cells)) if frozen.codec.autoencoder else None
+    x0 = frozen.normalisation.apply(raw_latents(stored, small, frozen, noise, crop))
     eps = batch.normal(tuple(x0.shape[1:]))
     u = (torch.tensor(batch.places, dtype=torch.float64) + batch.uniform()) / batch.global_size
     t = denoiser.schedule.draw_t(u) if frozen.times == "all" else torch.ones_like(u)
@@ -147,34 +152,75 @@ def diffusion_inputs(batch: Batch, denoiser: Denoiser, frozen: Frozen) -> Diffus
     if frozen.low_res is not None and small is not None:
         level = frozen.low_res.max_level * batch.uniform()
         level = torch.where(batch.uniform() >= frozen.upscaling.dropout, level, NULL_LEVEL)
-        added = batch.normal((frozen.low_res.channels(frozen.codec.config.factor), side, side))
+        added = batch.normal((frozen.low_res.channels(factor), side, side))
         seen = condition_pictures(small, level, added, frozen)
-        cond = cond.join(Conditioning(low_res=window(seen), level=level))
+        cond = cond.join(Conditioning(low_res=crop(seen), level=level))
     return DiffusionInputs(x0, eps, t, cond)
 
 
-def small_pictures(cache: Cache | Online, indices: Sequence[int], frozen: Frozen,
+def small_pictures(cache: Cache | Online, indices: Sequence[int], stored: Tensor, frozen: Frozen,
                    generators: Sequence[torch.Generator] | None = None) -> Tensor | None:  # fmt: skip
-    """Small pictures of items, uint8 (B, S / scale, S / scale, 3): cached, or made now of cached pixels, by the
-    stage's degradation with generators and by area without; None for a base."""
+    """Small pictures of items, uint8 (B, S / scale, S / scale, 3): cached, or made now of the pixels `stored`, by
+    the stage's degradation; without generators, where that is random, by area. None for a base."""
     if frozen.low_res is None:
         return None
-    if cache.key.codec is not None:
+    if stored.dtype != torch.uint8:
         return cache.low_res(indices)
-    degradation = DegradationConfig() if generators is None else frozen.upscaling.degradation
-    return degrade(cache.stored(indices), frozen.low_res.scale, degradation, generators or ())
+    degradation = frozen.upscaling.degradation
+    if degradation.random and generators is None:
+        degradation = DegradationConfig()
+    return degrade(stored, frozen.low_res.scale, degradation, generators or ())
 
 
-def raw_latents(stored: Tensor, small: Tensor | None, frozen: Frozen, noise: Tensor | None = None) -> Tensor:
-    """What is cached of whole pictures -> raw latents (B, C, h, w): a posterior draw, or its mean without noise; for
-    a residual stage, less the latent of the enlarged small picture."""
-    with torch.no_grad():
-        moments = frozen.codec.encode(planes(stored)) if stored.dtype == torch.uint8 else stored.float()
-        raw = moments.chunk(2, dim=1)[0] if noise is None else sample_moments(moments, noise.to(moments))
-        if frozen.low_res is not None and frozen.low_res.residual and small is not None:
-            large = enlarge(planes(small), frozen.low_res.scale)
-            raw = raw - frozen.codec.encode(large).chunk(2, dim=1)[0]
-    return raw
+class Crop(NamedTuple):
+    """The same square of each item's grids: `cells` a side from (top, left); None for the whole."""
+
+    cells: int
+    places: list[tuple[int, int]] | None = None
+
+    def __call__(self, grids: Tensor, unit: int = 1) -> Tensor:
+        """Of (B, C, h unit, w unit), where a grid cell is `unit` elements wide."""
+        if self.places is None:
+            return grids
+        size = self.cells * unit
+        return torch.stack([
+            grid[:, top * unit : top * unit + size, left * unit : left * unit + size]
+            for grid, (top, left) in zip(grids, self.places, strict=True)
+        ])  # fmt: skip
+
+
+def _crop(batch: Batch, side: int, frozen: Frozen) -> Crop:
+    """Nothing is drawn where nothing is cropped."""
+    crop = frozen.upscaling.crop_px
+    cells = side if crop is None or frozen.low_res is None else crop // frozen.codec.config.factor
+    if cells == side:
+        return Crop(side)
+    tops, lefts = (batch.integers([side - cells + 1] * len(batch)) for _ in range(2))
+    return Crop(cells, list(zip(tops, lefts, strict=True)))
+
+
+@torch.no_grad()
+def raw_latents(stored: Tensor, small: Tensor | None, frozen: Frozen, noise: Tensor | None = None,
+                crop: Crop | None = None) -> Tensor:  # fmt: skip
+    """What is cached of pictures -> raw latents (B, C, h, w) of a crop, on the CPU: a posterior draw, or its mean
+    without noise; for a residual stage, less the latent of the enlarged small picture.
+
+    Pixels are cropped before they are encoded, latents after.
+    """
+    codec = frozen.codec
+    pixels, factor = stored.dtype == torch.uint8, codec.config.factor
+    crop = crop or Crop(0)
+
+    def encoded(pictures: Tensor) -> Tensor:
+        # half precision would eat a residual, which is a small difference
+        with torch.autocast(codec.device.type, enabled=False):
+            return codec.encode((crop(pictures, factor) if pixels else pictures).to(codec.device)).float().cpu()
+
+    moments = encoded(planes(stored)) if pixels else stored.float()
+    raw = moments.chunk(2, dim=1)[0] if noise is None else sample_moments(moments, noise)
+    if frozen.low_res is not None and frozen.low_res.residual and small is not None:
+        raw = raw - encoded(enlarge(planes(small), frozen.low_res.scale)).chunk(2, dim=1)[0]
+    return raw if pixels else crop(raw)
 
 
 def condition_pictures(small: Tensor, level: Tensor, noise: Tensor, frozen: Frozen) -> Tensor:
@@ -187,19 +233,6 @@ def condition_pictures(small: Tensor, level: Tensor, noise: Tensor, frozen: Froz
 def planes(pictures: Tensor) -> Tensor:
     """Pictures (B, H, W, 3) uint8 -> (B, 3, H, W) in [-1, 1]."""
     return pictures.permute(0, 3, 1, 2).float() / 127.5 - 1
-
-
-def _windows(batch: Batch, side: int, frozen: Frozen) -> Callable[[Tensor], Tensor]:
-    """The same crop of each item for all grids; none is drawn where nothing is cropped."""
-    crop = frozen.upscaling.crop_px
-    cells = side if crop is None or frozen.low_res is None else crop // frozen.codec.config.factor
-    if cells == side:
-        return lambda grids: grids
-    tops, lefts = (batch.integers([side - cells + 1] * len(batch)) for _ in range(2))
-    places = list(zip(tops, lefts, strict=True))
-    return lambda grids: torch.stack([
-        grid[:, top : top + cells, left : left + cells] for grid, (top, left) in zip(grids, places, strict=True)
-    ])
 
 
 def diffusion_step(denoiser: Denoiser, inputs: DiffusionInputs) -> StepResult:
