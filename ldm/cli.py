@@ -186,6 +186,7 @@ def eval_cascade(
     stage: Annotated[str | None, typer.Option(help="Name of the SR stage; default: the first.")] = None,
     pictures: Annotated[int, typer.Option(min=2, help="Held-out pictures to measure on.")] = 96,
     split: Annotated[str, typer.Option(help="Of the data; empty for all of it.")] = "combos",
+    stride: Annotated[int | None, typer.Option(min=2, help="Of data without splits: validation.stride.")] = None,
     against: Annotated[list[Path] | None, typer.Option(help="Another SR cascade beside it; may be repeated.")] = None,
     levels: Annotated[str, typer.Option(help="Of the sweep, with commas.")] = "0,0.1,0.2,0.3",
     steps: Annotated[str, typer.Option(help="Of the sweep, with commas.")] = "1,2,4,8",
@@ -197,8 +198,8 @@ def eval_cascade(
     """Measure an SR stage on real small pictures and on the base's, and sweep its level and steps."""
     from training.boundary_report import evaluate
 
-    done = evaluate(model, data, out, stage, pictures, split or None, against or (), _numbers(levels, float),
-                    _numbers(steps, int), sweep_pictures, tiled, save, overwrite, _tell)  # fmt: skip
+    done = evaluate(model, data, out, stage, pictures, split or None, stride, against or (), _numbers(levels, float),
+                    _numbers(steps, int), sweep_pictures, tiled, save, overwrite, tell=_tell)  # fmt: skip
     typer.echo(str(done))
 
 

@@ -69,5 +69,6 @@ class JointTextEncoder(TextEncoder):
         return torch.cat(found, 1)
 
     def token_count(self, caption: str) -> tuple[int, int]:
-        """Tokens (used, total) of the encoder that reads most of a caption: what that one cuts off, nobody reads."""
-        return max((part.token_count(caption) for part in self.parts), key=lambda count: count[0])
+        """Tokens (used, total) of an encoder that reads all of a caption, or else of the one that reads most."""
+        counts = (part.token_count(caption) for part in self.parts)
+        return max(counts, key=lambda count: (count[0] == count[1], count[0]))

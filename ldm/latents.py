@@ -46,6 +46,10 @@ class Normalisation(Config):
     mean: tuple[float, ...]
     std: tuple[float, ...]
 
+    def __post_init__(self) -> None:
+        if any(not s > 0 for s in self.std):
+            raise ValueError("std must be positive")
+
     def apply(self, raw: Tensor) -> Tensor:
         """Raw latents (B, C, h, w) -> unit variance per channel."""
         return (raw - self._column(self.mean, raw)) / self._column(self.std, raw)

@@ -38,6 +38,8 @@ class TextConfig(TextPart):
         super().__post_init__()
         if (self.kind == "joint") != (len(self.parts) > 1) or any(part.kind == "joint" for part in self.parts):
             raise ValueError("kind joint needs two parts or more, none of them joint; other kinds have no parts")
+        if self.kind == "joint" and (self.max_tokens, self.width) != (None, None):
+            raise ValueError("with kind joint, max_tokens and width are said of each part")
 
     def placed(self, folder: str) -> TextConfig:
         """The same encoder with its files in a folder as a cascade keeps them: those of part i in folder/i."""

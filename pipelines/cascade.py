@@ -87,6 +87,11 @@ class Cascade:
         check_chain([stage.config for stage in stages])
         return replace(self, stages=stages)
 
+    def upto(self, name: str) -> Cascade:
+        """The cascade of the stages up to one."""
+        names = [stage.config.name for stage in self.stages]
+        return self.only(*names[: names.index(name) + 1])
+
     def sampling(self, steps: int | None = None, guidance: float | None = None,
                  overrides: Sequence[str] = ()) -> list[SamplingConfig]:  # fmt: skip
         """Each stage's sampling: its defaults, `steps` and `guidance` for the first stage, then `overrides`, such
@@ -148,6 +153,13 @@ class Cascade:
         if folder.exists():
             raise UserError(f"{folder}: exists; a cascade is not written over")
         partial = folder.with_name(f"{folder.name}.tmp-{uuid.uuid4().hex[:8]}")
+        try:
+            self._fill(partial)
+            os.replace(partial, folder)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+
+    def _fill(self, partial: Path) -> None:
         partial.mkdir(parents=True)
         codecs = {stage.config.codec: stage.codec for stage in self.stages}
         for name, codec in codecs.items():
@@ -162,7 +174,6 @@ class Cascade:
             write_json(partial / stage.config.name / "stage.json", to_dict(config))
         names = tuple(s.config.name for s in self.stages)
         write_json(partial / "cascade.json", to_dict(CascadeConfig(FORMAT, names, text)))
-        os.replace(partial, folder)
 
 
 def _in_steps(pixels: Tensor) -> Tensor:
@@ -188,6 +199,9 @@ def load_cascade(folder: str | Path, device: torch.device | str = "cpu") -> Casc
         check_weights_file(folder if folder.is_file() else folder / "cascade.json")
     config = parse(CascadeConfig, read_json(folder / "cascade.json"), str(folder / "cascade.json"))
     configs = {n: parse(StageConfig, read_json(p), str(p)) for n in config.stages for p in [folder / n / "stage.json"]}
+    for name, own in configs.items():
+        if own.name != name:
+            raise UserError(f"{folder / name}: holds stage {own.name!r}; a stage's folder has its name")
     check_chain(list(configs.values()))
     codecs = {name: load_codec(folder / name) for name in sorted({c.codec for c in configs.values()})}
     for codec in codecs.values():
@@ -221,6 +235,10 @@ def join(folders: Sequence[str | Path], out: str | Path) -> Path:
         raise UserError(str(error)) from None
     check_chain([stage.config for stage in stages])
     Cascade(stages, parts[0].text).save(Path(out))
+    for part, folder in zip(parts, folders, strict=True):
+        name = "-".join(stage.config.name for stage in part.stages)
+        if (Path(folder) / "training.json").is_file():
+            shutil.copyfile(Path(folder) / "training.json", Path(out) / f"training-{name}.json")
     return Path(out)
 
 
@@ -240,6 +258,9 @@ def _load_stage(folder: Path, config: StageConfig, codec: Codec, text_digest: st
     shape = codec.module.config
     if config.latent_channels != shape.latent_channels:
         raise UserError(f"{folder}: draws {config.latent_channels} channels, its codec has {shape.latent_channels}")
+    unit = shape.factor * (config.unet.factor if config.low_res else 1)
+    if config.resolution_px % unit:
+        raise UserError(f"{folder}: resolution_px {config.resolution_px} is no multiple of {unit}")
     extra = config.low_res.channels(shape.factor) if config.low_res else 0
     net = load_network(
         lambda: build_unet(config.unet, config.latent_channels, config.text_width, extra),

@@ -73,18 +73,20 @@ def generate(prompts: Sequence[str], model: str | Path | None = None, n: int = 4
         )
     pictures = to_uint8(drawn[-1])
     columns = n if len(prompts) > 1 else min(n, math.ceil(math.sqrt(n)))
-    with _writing(out):
+    with writing(out):
         for name, picture, (prompt, number) in zip(names, pictures, asked, strict=False):
             save_png(picture, out / name, cascade.recipe(prompt, number, sampling))
         for stage, made in zip(kept, drawn, strict=False):
             for k, picture in enumerate(to_uint8(made)):
-                save_png(picture, out / f"{k:04d}-{stage}.png")
+                own = cascade.upto(stage)
+                save_png(picture, out / f"{k:04d}-{stage}.png", own.recipe(*asked[k], sampling[: len(own.stages)]))
         save_png(grid(list(pictures), columns), out / "grid.png")
     return out / "grid.png"
 
 
 @contextmanager
-def _writing(out: Path) -> Iterator[None]:
+def writing(out: Path) -> Iterator[None]:
+    """Make the folder; what cannot be written there is told as UserError."""
     try:
         out.mkdir(parents=True, exist_ok=True)
         yield

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import uuid
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -36,12 +38,17 @@ def grid(pictures: Sequence[np.ndarray], columns: int, gap_px: int = 4) -> np.nd
 
 
 def save_png(picture: np.ndarray, path: Path, recipe: dict[str, Any] | None = None) -> None:
-    """Write (H, W, 3) uint8 as PNG. The recipe, escaped to ASCII, goes into a text chunk; equal input gives
-    equal bytes."""
+    """Write (H, W, 3) or (H, W, 4) uint8 as PNG, whole or not at all. The recipe, escaped to ASCII, goes into a text
+    chunk; equal input gives equal bytes."""
     info = PngInfo()
     if recipe is not None:
         info.add_text(RECIPE_KEY, json.dumps(recipe, sort_keys=True))
-    Image.fromarray(picture).save(path, format="PNG", pnginfo=info)
+    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
+    try:
+        Image.fromarray(picture).save(partial, format="PNG", pnginfo=info)
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def read_recipe(path: Path) -> dict[str, Any] | None:

@@ -30,6 +30,7 @@ from ldm.weights import Codec
 from pipelines.tiles import Window, blended, windows
 
 MAX_STEPS = 1000
+MAX_SIDE_PX = 65_536
 MAX_GUIDANCE = 100.0
 OVERLAP = 0.25  # of a tile, at least
 OnStep = Callable[[int, int], None]
@@ -85,6 +86,10 @@ class StageConfig(Config):
     def __post_init__(self) -> None:
         if not (self.name.isidentifier() and self.codec.isidentifier()):
             raise ValueError(f"name and codec must be plain folder names, not {self.name!r} and {self.codec!r}")
+        if not 1 <= self.resolution_px <= MAX_SIDE_PX:
+            raise ValueError(f"resolution_px must be from 1 to {MAX_SIDE_PX}, not {self.resolution_px}")
+        if not len(self.normalisation.mean) == len(self.normalisation.std) == self.latent_channels:
+            raise ValueError(f"normalisation needs a mean and a std for each of {self.latent_channels} channels")
         if self.low_res is None:
             if self.sampling.guided != "text" or self.sampling.level:
                 raise ValueError("sampling: guided and level are of small pictures; this stage takes none")

@@ -11,25 +11,28 @@ import secrets
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
 from ldm.config import UserError
-from ldm.decode import BadImage, read_layers
+from ldm.decode import BadImage, Source, read_layers, read_regular
 from ldm.progress import advancing
 from pipelines.cascade import Cascade, load_cascade
-from pipelines.generate import MAX_PROMPT_CHARS, MAX_SEED, SHIPPED, check_out, prompt_notes
+from pipelines.generate import MAX_PROMPT_CHARS, MAX_SEED, SHIPPED, check_out, prompt_notes, writing
 from pipelines.images import save_png, to_uint8
 from pipelines.stage import SamplingConfig
 
 Picture = npt.NDArray[np.uint8]
 MAX_OUTPUT_PIXELS = 2**26
+MAX_FILE_BYTES = 2**30
 MAX_TILE_PX = 2048
 FLAT_SHARE = 0.2  # of a drawing, more neighbouring pixels are equal
-BASE_BYTES = 5e8  # of weights and one call's activations
-CANVAS_COPIES = 8  # float32 copies of the large picture that are alive at once, latents included
+# what a plan says of memory: the program with its weights, copies of the widest level in one call of a network,
+# and float32 copies of the large picture, latents included
+BASE_BYTES, CALL_COPIES, CANVAS_COPIES = 5e8, 12, 8
 
 
 @dataclass(frozen=True)
@@ -42,15 +45,20 @@ class Job:
     height: int
     alpha: bool
 
-    def calls(self, cascade: Cascade, sampling: Sequence[SamplingConfig]) -> tuple[int, int]:
-        """Tiles of the last stage, and steps to wait for, those of alpha included."""
-        steps, scale, tiles = 0, 1, 1
+    def plan(self, cascade: Cascade, sampling: Sequence[SamplingConfig]) -> tuple[int, int, float]:
+        """Tiles of the last stage, steps to wait for, and about how many bytes of memory are needed."""
+        steps, scale, tiles, calls = 0, 1, 1, 0.0
         for stage, options in zip(cascade.stages, sampling, strict=True):
             scale *= stage.config.low_res.scale if stage.config.low_res else 1
             cell = stage.codec.module.config.factor
-            tiles = len(stage.tiles(-(-self.height * scale // cell), -(-self.width * scale // cell)))
-            steps += options.steps
-        return tiles, steps * (1 + self.alpha)
+            windows = stage.tiles(-(-self.height * scale // cell), -(-self.width * scale // cell))
+            tiles, count = len(windows), 1 + self.alpha
+            steps += options.steps * (count if tiles > 1 else math.ceil(count / options.rows))
+            rows = options.rows * (1 if options.guidance == 1 else 2)
+            cells = windows[0].height * windows[0].width
+            calls = max(calls, 4.0 * rows * cells * stage.config.unet.widths[0] * CALL_COPIES)
+        canvas = 12.0 * CANVAS_COPIES * (1 + self.alpha) * self.width * self.height * scale**2
+        return tiles, steps, BASE_BYTES + calls + canvas
 
 
 def upscale(pictures: Sequence[str | Path], model: str | Path | None = None, scale: int = 4, prompt: str = "",
@@ -85,20 +93,28 @@ def upscale(pictures: Sequence[str | Path], model: str | Path | None = None, sca
             tell(line)
     steps = 0
     for job in jobs:
-        tiles, own = job.calls(cascade, sampling)
+        tiles, own, memory = job.plan(cascade, sampling)
         steps += own
-        tell(_plan(job, scale, tiles, own))
+        parts = [f"{tiles} tiles" if tiles > 1 else "one tile", f"{own} steps"]
+        parts += [f"about {memory / 1e9:.1f} GB of memory"]
+        parts += ["alpha is enlarged too"] if job.alpha else []
+        size = f"{job.width} x {job.height} -> {job.width * scale} x {job.height * scale}"
+        tell(f"{job.source}: {size}, {', '.join(parts)}")
     warned, written = model is not None, []
     with advancing("enlarging", steps) as advance:
         for job in jobs:
-            colour, alpha, notes = _read(job.source)
-            for note in notes:
+            read = _read(job.source)
+            for note in read.notes:
                 tell(f"{job.source}: {note}")
-            if not warned and photographic(colour):
+            if not warned and photographic(read.colour):
                 tell(f"{job.source}: looks like a photograph; the shipped stage has seen emoji only, and draws "
                      "everything in their manner")  # fmt: skip
                 warned = True
-            written.append(_enlarge(job, colour, alpha, cascade, sampling, prompt, seed, advance))
+            made = _enlarged(job, read, cascade, sampling, prompt, seed, advance)
+            recipe = {**cascade.recipe(prompt, seed, sampling), "input_sha256": read.sha256}
+            with writing(Path(out)):
+                save_png(made, job.target, recipe)
+            written.append(job.target)
     return written
 
 
@@ -109,20 +125,18 @@ def check_scale(scale: int) -> None:
 
 
 def enlarging(cascade: Cascade, scale: int) -> Cascade:
-    """The SR stages that together enlarge by `scale`. Raises UserError, naming what there is, where none do."""
-    found, total, offered = [], 1, []
-    for stage in cascade.stages:
-        if stage.config.low_res is None:
-            continue
-        total *= stage.config.low_res.scale
-        found.append(stage.config.name)
-        if total == scale:
-            return cascade.only(*found)
-        offered.append(total)
+    """SR stages in a row that together enlarge by `scale`, the first such. Raises UserError, naming what there is,
+    where none do."""
+    scales = {stage.config.name: stage.config.low_res.scale for stage in cascade.stages if stage.config.low_res}
+    names = list(scales)
+    runs = [names[a:b] for a in range(len(names)) for b in range(a + 1, len(names) + 1)]
+    offered = {math.prod(scales[name] for name in run): run for run in reversed(runs)}
+    if scale in offered:
+        return cascade.only(*offered[scale])
     if not offered:
         raise UserError("--model: this cascade has no SR stage; train one (configs/emoji/sr.yaml) or name another")
     nearest = min(offered, key=lambda s: abs(math.log(s / scale)))
-    raise UserError(f"--scale {scale}: this cascade enlarges by {' or '.join(map(str, offered))}; try "
+    raise UserError(f"--scale {scale}: this cascade enlarges by {' or '.join(map(str, sorted(offered)))}; try "
                     f"--scale {nearest}")  # fmt: skip
 
 
@@ -144,22 +158,35 @@ def photographic(picture: Picture) -> bool:
     return float((picture[:, 1:] == picture[:, :-1]).all(-1).mean()) < FLAT_SHARE
 
 
+class _Read(NamedTuple):
+    """A picture file: colour (H, W, 3) on white, alpha (H, W) or None, notes, and the digest of the file."""
+
+    colour: Picture
+    alpha: Picture | None
+    notes: list[str]
+    sha256: str
+
+
 def _job(source: Path, out: Path, scale: int) -> Job:
-    colour, alpha, _ = _read(source)
-    height, width = colour.shape[:2]
+    read = _read(source)
+    height, width = read.colour.shape[:2]
     if height * width * scale**2 > MAX_OUTPUT_PIXELS:
         raise UserError(
             f"{source}: {width} x {height} enlarged {scale} times is {width * scale} x {height * scale}; at most "
             f"{MAX_OUTPUT_PIXELS} pixels are made, of {MAX_OUTPUT_PIXELS // scale**2}: crop or shrink it"
         )
-    return Job(source, out / f"{source.stem}.png", width, height, alpha is not None)
+    return Job(source, out / f"{source.stem}.png", width, height, read.alpha is not None)
 
 
-def _read(source: Path) -> tuple[Picture, Picture | None, list[str]]:
+def _read(source: Path) -> _Read:
     try:
-        return read_layers(source, max_pixels=MAX_OUTPUT_PIXELS)
+        data = read_regular(source, MAX_FILE_BYTES)
+        colour, alpha, notes = read_layers(Source(str(source), data=data), max_pixels=MAX_OUTPUT_PIXELS)
+    except OSError as error:
+        raise UserError(f"{source}: cannot be read ({error.strerror})") from None
     except BadImage as error:
         raise UserError(f"{source}: {error}") from None
+    return _Read(colour, alpha, notes, hashlib.sha256(data).hexdigest())
 
 
 def _check_targets(jobs: Sequence[Job], out: Path, overwrite: bool) -> None:
@@ -178,34 +205,38 @@ def _check_targets(jobs: Sequence[Job], out: Path, overwrite: bool) -> None:
             raise UserError(f"{same}: would be written over by its own enlargement; name another folder with --out")
 
 
-def _plan(job: Job, scale: int, tiles: int, steps: int) -> str:
-    width, height = job.width * scale, job.height * scale
-    gigabytes = (BASE_BYTES + CANVAS_COPIES * 12 * width * height) / 1e9
-    parts = [f"{tiles} tiles" if tiles > 1 else "one tile", f"{steps} steps", f"about {gigabytes:.1f} GB of memory"]
-    parts += ["alpha is enlarged too"] if job.alpha else []
-    return f"{job.source}: {job.width} x {job.height} -> {width} x {height}, {', '.join(parts)}"
-
-
-def _enlarge(job: Job, colour: Picture, alpha: Picture | None, cascade: Cascade, sampling: Sequence[SamplingConfig],
-             prompt: str, seed: int, advance: Callable[[], None]) -> Path:  # fmt: skip
-    def draw(picture: Picture) -> Picture:
-        low_res = torch.from_numpy(picture).permute(2, 0, 1)[None].float() / 127.5 - 1
-        made = cascade.draw([prompt], [seed], sampling, low_res, lambda _done, _of: advance())[-1]
-        first: Picture = to_uint8(made)[0]
-        return first
-
-    large = draw(colour)
-    if alpha is not None:
-        opacity = np.asarray(draw(np.repeat(alpha[..., None], 3, -1)).mean(-1).round(), dtype=np.uint8)
-        large = np.dstack([_without_white(large, opacity), opacity])
-    recipe = cascade.recipe(prompt, seed, sampling)
-    recipe["input_sha256"] = hashlib.sha256(job.source.read_bytes()).hexdigest()
+def _enlarged(job: Job, read: _Read, cascade: Cascade, sampling: Sequence[SamplingConfig], prompt: str, seed: int,
+              advance: Callable[[], None]) -> Picture:  # fmt: skip
+    """(H, W, 3), or with transparency (H, W, 4), uint8."""
+    given = [read.colour]
+    if read.alpha is not None:
+        given.append(np.repeat(read.alpha[..., None], 3, -1))
+    low_res = torch.from_numpy(np.stack(given)).permute(0, 3, 1, 2).float() / 127.5 - 1
+    prompts = [prompt, ""][: len(given)]  # the prompt is not of the opacity
     try:
-        job.target.parent.mkdir(parents=True, exist_ok=True)
-        save_png(large, job.target, recipe)
-    except OSError as error:
-        raise UserError(f"{job.target}: cannot be written: {error.strerror or error}", exit_code=1) from error
-    return job.target
+        made = cascade.draw(prompts, [seed] * len(given), sampling, low_res, lambda _done, _of: advance())[-1]
+    except RuntimeError as error:
+        if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error):
+            raise UserError(f"{job.source}: out of memory; try a smaller --tile, or fewer rows in a call with "
+                            f"--set {cascade.stages[-1].config.name}.rows=1", exit_code=1) from None  # fmt: skip
+        raise
+    large = to_uint8(made)
+    if read.alpha is None:
+        first: Picture = large[0]
+        return first
+    opacity = _opacity(large[1], read.alpha)
+    return np.dstack([_without_white(large[0], opacity), opacity])
+
+
+def _opacity(drawn: Picture, alpha: Picture) -> Picture:
+    """Opacity as drawn, but clear and opaque where the picture given is so all around: no veil, no holes."""
+    scale = len(drawn) // len(alpha)
+    around = np.lib.stride_tricks.sliding_window_view(np.pad(alpha, 1, mode="edge"), (3, 3))
+    found = np.asarray(drawn.mean(-1).round()).astype(np.uint8)
+    for value in (0, 255):
+        same = (around == value).all((-1, -2)).repeat(scale, 0).repeat(scale, 1)
+        found[same] = value
+    return found
 
 
 def _without_white(picture: Picture, opacity: Picture) -> Picture:

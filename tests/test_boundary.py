@@ -104,8 +104,19 @@ def test_the_best_setting_is_the_quickest_of_the_good() -> None:
         return {"steps": steps, "level": level, "distance": [distance], "consistency_db": [agreement]}
 
     cells = [cell(1, 0, 0.5, 40), cell(4, 0, 0.305, 36), cell(8, 0, 0.3, 36), cell(8, 0.2, 0.1, 30)]
-    assert best(cells) is cells[1]
-    assert best(cells[3:]) is cells[3]
+    assert best(cells) == {"level": 0, "steps": 4, "consistent": True}
+    assert best(cells[3:]) == {"level": 0.2, "steps": 8, "consistent": False}
+
+
+def test_the_level_is_chosen_on_what_the_base_draws() -> None:
+    cells = [{"steps": 4, "level": 0.0, "distance": [0.3], "consistency_db": [36]}]
+
+    def after(*kids: float | None) -> list[dict[str, object]]:
+        return [{"level": 0.1 * k, "kid": None if kid is None else [kid, 0.01]} for k, kid in enumerate(kids)]
+
+    assert best(cells, after(0.2, 0.1, 0.15))["level"] == 0.1
+    assert best(cells, after(0.2, 0.19, 0.185))["level"] == 0
+    assert best(cells, after(None, None))["level"] == 0
 
 
 def test_borders_are_seen(pictures: Tensor) -> None:
@@ -138,7 +149,7 @@ def test_the_report_is_whole(sr: Path, tmp_path: Path) -> None:
     path = evaluate(model, EMOJI, tmp_path / "out", pictures=4, split="train", against=[sr], levels=(0.0, 0.2),
                     steps=(1, 2), sweep_pictures=2, tiled=1, save=True, tell=lines.append)  # fmt: skip
     report = json.loads(path.read_text())
-    assert {"bicubic", "lanczos", "codec round trip", "middle"} < report["ground_truth"].keys()
+    assert report["ground_truth"].keys() == {"bicubic", "lanczos", "codec round trip", "middle", str(sr)}
     for values in report["ground_truth"].values():
         assert values.keys() == {"psnr_db", "ssim", "distance", "colour_shift", "consistency_db"}
         assert all(low <= mean <= high for mean, low, high in values.values())
@@ -160,8 +171,10 @@ def test_what_cannot_be_measured_is_refused(sr: Path, tiny_folder: Path, tmp_pat
         evaluate(tiny_folder, EMOJI, tmp_path / "out")
     with pytest.raises(UserError, match="no SR stage named 'up'"):
         evaluate(sr, EMOJI, tmp_path / "out", stage="up")
-    with pytest.raises(UserError, match=r"levels must be from 0 to 0\.5"):
-        evaluate(sr, EMOJI, tmp_path / "out", levels=(0.7,))
+    for wrong, reason in (({"levels": (0.7,)}, r"beyond the max_level 0\.5"), ({"steps": (1, 2000)}, "from 1 to 1000"),
+                          ({"split": "none"}, "has no split .none.")):  # fmt: skip
+        with pytest.raises(UserError, match=reason):
+            evaluate(sr, EMOJI, tmp_path / "out", **wrong)  # type: ignore[arg-type]
     assert not (tmp_path / "out").exists()
     other = join([sr], tmp_path / "other")
     data = read_json(other / "cascade.json")

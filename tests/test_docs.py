@@ -9,7 +9,6 @@ from pathlib import Path
 import click
 import pytest
 import typer
-from PIL import Image
 
 from ldm.cli import app
 from ldm.config import load
@@ -53,23 +52,9 @@ def test_generate_commands_run_on_the_shipped_model(
     assert (tmp_path / capsys.readouterr().out.splitlines()[-1]).is_file()
 
 
-@pytest.mark.parametrize("command", [c for c in commands() if c.startswith("ldm upscale") and "--model" not in c])
-def test_upscale_commands_run_on_the_shipped_model(
-    command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    source = Path(shlex.split(command)[2])
-    source.parent.mkdir(exist_ok=True)
-    with Image.open(next((ROOT / "tests/data/emoji").rglob("*.png"))) as image:
-        image.convert("RGB").reduce(4).save(source)
-    app(shlex.split(command)[1:], standalone_mode=False)
-    with Image.open(tmp_path / capsys.readouterr().out.splitlines()[-1]) as image:
-        assert image.size == (256, 256)
-
-
 def test_shipped_weights_keep_to_their_sizes() -> None:
     folder = ROOT / "pipelines/weights/emoji"
-    assert sum(p.stat().st_size for p in folder.rglob("*")) <= 50_000_000
+    assert sum(p.stat().st_size for p in folder.rglob("*")) <= 30_000_000
     from pipelines.cascade import load_cascade
 
     net = load_cascade(folder).stages[0].denoiser.net

@@ -197,11 +197,22 @@ def test_a_bad_out_is_refused_before_work(no_model: None, tmp_path: Path, out: s
     assert sorted(tmp_path.rglob("*")) == before
 
 
-def test_a_full_disk_is_told(tiny_folder: Path, tmp_path: Path) -> None:
-    (tmp_path / "0000.png").symlink_to("/dev/full")
+def test_a_full_disk_is_told_and_costs_no_picture(
+    tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save, before = Image.Image.save, b"the picture of yesterday"
+    (tmp_path / "0000.png").write_bytes(before)
+
+    def full(self: Image.Image, path: Path, **options: Any) -> None:
+        save(self, path, **options)
+        with Path("/dev/full").open("wb", buffering=0) as file:
+            file.write(b"x")
+
+    monkeypatch.setattr(Image.Image, "save", full)
     with pytest.raises(UserError, match="No space left") as error:
         generate([PROMPT], tiny_folder, n=1, out=tmp_path, overwrite=True)
     assert error.value.exit_code == 1
+    assert files(tmp_path) == {"0000.png": before}
 
 
 # ---- requests ------------------------------------------------------------------------------------

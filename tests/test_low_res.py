@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -297,6 +298,7 @@ def test_what_is_cached_follows_the_degradation(tiny: list[str], random: bool) -
     drawn = [diffusion_inputs(next(batches(task.cache, 0, at, 8, 8)), task.module.denoiser, task.module.frozen)
              for at in (0, 0, 8)]  # fmt: skip
     assert torch.equal(drawn[0].x0, drawn[1].x0)
+    assert torch.equal(drawn[0].cond.low_res, drawn[1].cond.low_res)  # type: ignore[arg-type]
     assert not torch.equal(drawn[0].x0, drawn[2].x0)
     assert drawn[0].x0.shape == (8, 8, 4, 4)
 
@@ -351,3 +353,53 @@ def test_guidance_can_act_on_either(task: DiffusionTask) -> None:
         assert changed == {"text": {"text"}, "low_res": low_res, "both": {"text"} | low_res}[guided]
         found.append(got.eps)
     assert not torch.allclose(found[0], found[1])
+
+
+def test_a_residual_in_latents(tiny: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Less the latent of the enlarged picture in training, and with it again when drawn."""
+    task = of("sr", tiny, "low_res.residual=true", "upscaling.crop_px=null")
+    frozen, codec = task.module.frozen, task.module.frozen.codec
+    stored = task.cache.stored([0, 1])
+    small = training.steps.small_pictures(task.cache, [0, 1], stored, frozen)
+    assert small is not None
+    with torch.no_grad():
+        large = codec.encode(ldm.low_res.enlarge(planes(small), 4)).chunk(2, 1)[0]
+    raw = training.steps.raw_latents(stored, small, frozen)
+    assert torch.allclose(raw + large, stored.float().chunk(2, 1)[0], atol=1e-5)
+    noise = torch.randn(2, 8, 8, 8)
+    drawn = training.steps.raw_latents(stored, small, frozen, noise)
+    assert torch.allclose(drawn - raw, torch.exp(0.5 * stored.float().chunk(2, 1)[1]) * noise, atol=1e-5)
+    # a network that knows the answer draws the picture as the codec decodes it
+    stage = task.cascade(task.module).stages[0]
+    x0 = frozen.normalisation.apply(raw)
+
+    def knows(x: Tensor, t: Tensor, cond: Conditioning) -> Any:
+        alpha, sigma = (c.view(-1, 1, 1, 1).float() for c in stage.denoiser.schedule.alpha_sigma(t))
+        return pipelines.stage.Prediction(x0, (x - alpha * x0) / sigma)
+
+    monkeypatch.setattr(stage.denoiser, "forward", knows)
+    text = Conditioning(*task._text.encode(["a", "b"]))
+    made = stage.sample(text, text[:1], [1, 2], SamplingConfig(steps=2, guidance=1, rows=2), planes(small))
+    with torch.no_grad():
+        wanted = codec.decode(stored.float().chunk(2, 1)[0])
+    assert torch.allclose(made, wanted, atol=1e-3)
+
+
+def test_statistics_are_kept_beside_the_cache(tiny: list[str]) -> None:
+    """Measured once, as training draws: with its degradation, and draws of the posterior."""
+    options = ("low_res.residual=true", "upscaling.degradation.noise=1", "upscaling.degradation.noise_std=[20, 20]")
+    task = of("sr", tiny, *options)
+    found = task.module.frozen.normalisation
+    kept_there = task.cache.folder.glob("statistics-*.json")  # type: ignore[union-attr]
+    files = [file for file in kept_there if tuple(json.loads(file.read_text())["std"]) == found.std]
+    assert len(files) == 1
+    other = {"mean": [0.5] * 8, "std": [2.0] * 8}
+    kept = files[0].read_text()
+    files[0].write_text(json.dumps(other))
+    assert of("sr", tiny, *options).module.frozen.normalisation.std == (2.0,) * 8
+    files[0].write_text(kept)
+    plain = of("sr", tiny, "low_res.residual=true").module.frozen.normalisation
+    assert sum(found.std) > 1.1 * sum(plain.std)
+    drawn = torch.cat([diffusion_inputs(batch, task.module.denoiser, task.module.frozen).x0
+                       for batch, _ in zip(batches(task.cache, 0, 0, 16, 16), range(6), strict=False)])  # fmt: skip
+    assert drawn.std((0, 2, 3)).mean() == pytest.approx(1, abs=0.2)

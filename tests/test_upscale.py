@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 
 from ldm.conditioning import Conditioning
 from ldm.config import UserError
@@ -40,6 +41,12 @@ def picture(path: Path, size: tuple[int, int] = (20, 12), mode: str = "RGB") -> 
 def opened(path: Path) -> np.ndarray:
     with Image.open(path) as image:
         return np.array(image)
+
+
+def recipe_of_input(path: Path) -> object:
+    recipe = read_recipe(path)
+    assert recipe is not None
+    return recipe["input_sha256"]
 
 
 class TestWindows:
@@ -79,7 +86,7 @@ class TestWindows:
 
 class TestStage:
     def test_tiles_of_one_noise_field(self, cascade: Cascade) -> None:
-        """A network that looks at a cell only draws the same in tiles as at once."""
+        """A network that looks at a cell only draws the same in tiles as at once, guided and at a level too."""
         stage = cascade.only("middle").stages[0]
         text, null = (cascade.text.encode([t]) for t in ("cat", ""))
         class PerCell(torch.nn.Module):
@@ -92,7 +99,7 @@ class TestStage:
                 return type("Out", (), {"sample": made})
 
         small = torch.rand(1, 3, 40, 26) * 2 - 1
-        options = SamplingConfig(steps=3, guidance=1.0, rows=3, sampler="ddpm")
+        options = SamplingConfig(steps=3, guidance=2.0, rows=3, sampler="ddpm", guided="both", level=0.2)
         net = stage.denoiser.net
         stage.denoiser.net = PerCell()
         try:
@@ -129,42 +136,58 @@ class TestUpscale:
         assert [p.name for p in made] == ["a.png", "b.png", "c.png", "d.png", "e.png"]
         assert [opened(p).shape for p in made] == [(48, 80, 3), (120, 36, 3), (32, 32, 3), (40, 40, 3), (24, 40, 3)]
         assert "20 x 12 -> 80 x 48, 2 tiles, 4 steps, about 0.5 GB of memory" in lines[0]
+        assert recipe_of_input(made[0]) == hashlib.sha256(names[0].read_bytes()).hexdigest()
         recipe = read_recipe(made[0])
         assert recipe is not None
         assert recipe.keys() == {"prompt", "seed", "model", "stages", "input_sha256"}
         assert not any(str(tmp_path) in str(value) for value in recipe.values())
 
-    def test_exif_turns_the_picture(self, folder: Path, tmp_path: Path) -> None:
+    @pytest.mark.parametrize("mode", ["RGB", "RGBA"])
+    def test_exif_turns_the_picture(self, folder: Path, tmp_path: Path, mode: str) -> None:
+        """The enlargement is that of the upright picture, transparency with it."""
+        values = np.full((8, 16, len(mode)), 255, np.uint8)
+        values[:4, 8:, 0], values[4:, :4, 2] = 0, 60
+        values[2:5, 3:9, -1] = 120
         for orientation in range(1, 9):
-            source = tmp_path / f"{orientation}.jpg"
-            values = np.zeros((8, 16, 3), np.uint8)
-            values[:, 8:] = 255
             exif = Image.Exif()
             exif[274] = orientation
-            Image.fromarray(values).save(source, exif=exif, quality=95)
-        made = upscale(sorted(tmp_path.glob("*.jpg")), folder, out=tmp_path / "out")
-        assert [opened(p).shape[:2] for p in made] == [(32, 64)] * 4 + [(64, 32)] * 4
+            Image.fromarray(values).save(tmp_path / f"{orientation}.png", exif=exif)
+            with Image.open(tmp_path / f"{orientation}.png") as image:
+                ImageOps.exif_transpose(image).save(tmp_path / f"upright-{orientation}.png", exif=b"")
+        turned = upscale(sorted(tmp_path.glob("?.png")), folder, out=tmp_path / "out")
+        upright = upscale(sorted(tmp_path.glob("upright-*.png")), folder, out=tmp_path / "out")
+        for one, other in zip(turned, upright, strict=True):
+            assert np.array_equal(opened(one), opened(other))
+        assert [opened(p).shape[:2] for p in turned] == [(32, 64)] * 4 + [(64, 32)] * 4
 
     def test_transparency_is_kept(self, folder: Path, cascade: Cascade, tmp_path: Path) -> None:
+        """Over white lies what the stage drew; clear and opaque parts stay so; the prompt is not of the opacity."""
         values = np.full((16, 16, 4), 255, np.uint8)
         values[:, :8] = (200, 30, 30, 0)
         values[:8, 8:] = (10, 200, 90, 128)
         Image.fromarray(values).save(tmp_path / "a.png")
         lines: list[str] = []
-        made = opened(upscale([tmp_path / "a.png"], folder, out=tmp_path / "out", tell=lines.append)[0])
+        path = upscale([tmp_path / "a.png"], folder, prompt="a cat", out=tmp_path / "out", tell=lines.append)[0]
+        made = opened(path)
         assert made.shape == (64, 64, 4)
         assert "alpha is enlarged too" in lines[0]
+        assert not made[:, :28, 3].any()
+        assert (made[40:, 40:, 3] == 255).all()
+        assert (made[:, :28, :3] == 255).all()
         alpha = values[..., 3:].astype(float) / 255
         over_white = torch.from_numpy((values[..., :3] * alpha + 255 * (1 - alpha)).round()).permute(2, 0, 1)[None]
-        drawn = to_uint8(cascade.draw([""], [0], low_res=over_white.float() / 127.5 - 1)[-1])[0].astype(float)
+        drawn = to_uint8(cascade.draw(["a cat"], [0], low_res=over_white.float() / 127.5 - 1)[-1])[0]
+        opaque = made[..., 3] == 255
+        assert np.array_equal(made[opaque][:, :3], drawn[opaque])
         share = made[..., 3:].astype(float) / 255
         shown = made[..., :3] * share + 255 * (1 - share)
-        possible = drawn >= 255 * (1 - share) - 1  # a darker pixel cannot lie over white with so little opacity
-        assert possible.mean() > 0.4
+        possible = (drawn >= 255 * (1 - share) - 1) & (share > 0)  # nothing darker lies over white so thinly
         assert np.abs(shown - drawn)[possible].max() < 3
         alphas = torch.from_numpy(values[..., 3]).float().expand(1, 3, 16, 16) / 127.5 - 1
-        wanted = to_uint8(cascade.draw([""], [0], low_res=alphas)[-1])[0].mean(-1).round()
-        assert np.array_equal(made[..., 3], wanted)
+        opacity = to_uint8(cascade.draw([""], [0], low_res=alphas)[-1])[0].mean(-1).round()
+        edge = np.zeros((64, 64), bool)
+        edge[:, 28:36] = edge[28:36, 28:] = True
+        assert np.array_equal(made[..., 3][edge], opacity[edge])
 
     def test_seed_prompt_and_settings_count(self, folder: Path, tmp_path: Path) -> None:
         source = picture(tmp_path / "a.png")
@@ -266,3 +289,11 @@ class TestRefused:
     def test_the_stages_of_a_scale(self, cascade: Cascade) -> None:
         assert [s.config.name for s in enlarging(cascade, 2).stages] == ["middle"]
         assert [s.config.name for s in enlarging(cascade, 4).stages] == ["middle", "sr"]
+        assert [s.config.name for s in enlarging(cascade.only("sr"), 2).stages] == ["sr"]
+
+    def test_running_out_of_memory(self, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        def full(*args: object, **kwargs: object) -> None:
+            raise torch.OutOfMemoryError("no room")
+
+        monkeypatch.setattr(Cascade, "draw", full)
+        self.refused([picture(tmp_path / "a.png")], folder, out=tmp_path / "out", match=r"out of memory; .* sr\.rows=1")

@@ -29,6 +29,7 @@ from pipelines.stage import SamplingConfig, Stage
 from training.data import Example
 from training.features import Features
 from training.metrics import psnr, ssim
+from training.steps import planes
 
 RESAMPLES = 1000
 KID_SUBSETS = 100
@@ -55,17 +56,17 @@ class Held:
         small = degrade(stored, scale, DegradationConfig())
         groups = [str(e.fields.get("cluster", e.key)) for e in examples]
         captions = [e.captions[0] if e.captions else "" for e in examples]
-        return Held(_planes(stored), _planes(small), captions, groups)
+        return Held(planes(stored), planes(small), captions, groups)
 
     def __len__(self) -> int:
         return len(self.large)
 
-    def first(self, count: int) -> Held:
-        return Held(self.large[:count], self.small[:count], self.captions[:count], self.groups[:count])
-
-
-def _planes(pictures: Tensor) -> Tensor:
-    return pictures.permute(0, 3, 1, 2).float() / 127.5 - 1
+    def spread(self, count: int) -> tuple[Held, list[int]]:
+        """At most so many of them, evenly spread, and which."""
+        count = min(count, len(self))
+        which = [k * len(self) // count for k in range(count)]
+        texts = [self.captions[i] for i in which], [self.groups[i] for i in which]
+        return Held(self.large[which], self.small[which], *texts), which
 
 
 def consistency(drawn: Tensor, small: Tensor) -> Tensor:
@@ -108,7 +109,7 @@ def enlarged(small: Tensor, scale: int, kernel: Image.Resampling) -> Tensor:
     """Pillow's interpolation of small pictures."""
     sides = (small.shape[-1] * scale, small.shape[-2] * scale)
     made = [np.array(Image.fromarray(picture).resize(sides, kernel)) for picture in to_uint8(small)]
-    return _planes(torch.from_numpy(np.stack(made)))
+    return planes(torch.from_numpy(np.stack(made)))
 
 
 @torch.no_grad()
@@ -220,13 +221,26 @@ def sweep(cascade: Cascade, stage: Stage, held: Held, features: Features, levels
     return cells
 
 
-def best(cells: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Of the settings that agree with the small picture to CONSISTENT_DB, or of all where none does: the one of
-    fewest steps, then of least level, whose distance is within CLOSE of the least."""
-    good = [c for c in cells if c["consistency_db"][0] >= CONSISTENT_DB] or list(cells)
-    least = min(cell["distance"][0] for cell in good)
-    near = [cell for cell in good if cell["distance"][0] <= CLOSE * least]
-    return min(near, key=lambda cell: (cell["steps"], cell["level"]))
+def best(cells: Sequence[dict[str, Any]], after: Sequence[dict[str, Any]] = ()) -> dict[str, Any]:
+    """Level and steps to draw with, and whether their pictures agree with the small ones to CONSISTENT_DB.
+
+    Steps: of the settings that agree, or of all where none does, the fewest whose distance is within CLOSE of the
+    least. Level: the least of those settings; or of `after`, measures of levels on what a base draws, the one of
+    least KID, where it is more than the spreads below that of the least level: noise is to cover what a base does
+    wrong, and real small pictures have nothing to cover.
+    """
+    good = [c for c in cells if c["consistency_db"][0] >= CONSISTENT_DB]
+    known = good or list(cells)
+    least = min(cell["distance"][0] for cell in known)
+    chosen = min((c for c in known if c["distance"][0] <= CLOSE * least), key=lambda c: (c["steps"], c["level"]))
+    level = chosen["level"]
+    told = [line for line in after if line["kid"] is not None]
+    if told:
+        first = min(told, key=lambda line: line["level"])
+        other = min(told, key=lambda line: line["kid"][0])
+        apart = first["kid"][0] - other["kid"][0] > first["kid"][1] + other["kid"][1]
+        level = other["level"] if apart else first["level"]
+    return {"level": level, "steps": chosen["steps"], "consistent": bool(good)}
 
 
 def shown(small: Tensor, scale: int) -> Tensor:

@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ldm.config import UserError, to_dict
@@ -27,7 +28,7 @@ from training.boundary import (
     what_counts,
 )
 from training.boundary_tiles import tiled_against_whole
-from training.data import DataConfig, Reader
+from training.data import BadImage, DataConfig, Reader
 from training.environment import environment, prepare_process
 from training.features import Features
 
@@ -37,65 +38,81 @@ UNITS = {"psnr_db": "PSNR, dB", "distance": "LPIPS-type distance (efflite0)", "c
 
 
 def evaluate(model: str | Path, data: str | Path, out: str | Path, stage: str | None = None, pictures: int = 96,
-             split: str | None = "combos", against: Sequence[str | Path] = (), levels: Sequence[float] = (0.0,),
-             steps: Sequence[int] = (1, 2, 4, 8), sweep_pictures: int = 32, tiled: int = 0, save: bool = False,
-             overwrite: bool = False,
+             split: str | None = "combos", stride: int | None = None, against: Sequence[str | Path] = (),
+             levels: Sequence[float] = (0.0,), steps: Sequence[int] = (1, 2, 4, 8), sweep_pictures: int = 32,
+             tiled: int = 0, save: bool = False, overwrite: bool = False, device: str | None = None,
              tell: Callable[[str], None] = lambda line: None) -> Path:  # fmt: skip
     """Measure an SR stage of the cascade `model` on held-out pictures of `data`; returns OUT/report.json.
 
-    pictures: how many, evenly spread over the split. against: other SR cascades to stand beside it. levels, steps:
-    of the sweep, on `sweep_pictures` of them; save: keep its best setting as the stage's default. tiled: how many of
-    the large pictures to enlarge in tiles and at once.
+    pictures: how many, evenly spread over the split; stride: of data without splits, as its training held it out.
+    against: other SR cascades to stand beside it. levels, steps: of the sweep, on `sweep_pictures` of them; save:
+    keep its best setting as the stage's default. tiled: how many of the large pictures to enlarge in tiles and at
+    once. device: None is the GPU where there is one.
     Raises UserError where model, data or settings do not fit together.
     """
     prepare_process()
     check_out(Path(out), FILES, overwrite)
-    cascade = load_cascade(model)
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    cascade = load_cascade(model, device)
     chosen = sr_stage(cascade, stage)
     config = chosen.config.low_res
     assert config is not None
-    if any(not 0 <= level <= config.max_level for level in levels) or any(count < 1 for count in steps):
-        raise UserError(f"levels must be from 0 to {config.max_level}, which the stage was trained to, steps from 1")
-    others = {Path(folder).parent.name or str(folder): _peer(folder, chosen) for folder in against}
+    for setting in (*(f"level={level}" for level in levels), *(f"steps={count}" for count in steps)):
+        cascade.sampling(overrides=[f"{chosen.config.name}.{setting}"])
+    others = {str(folder): _peer(folder, chosen, device) for folder in against}
     reader = Reader(DataConfig(path=str(data), split=split, size_px=chosen.config.resolution_px))
-    rows = reader.rows
-    count = min(pictures, len(rows))
-    held = Held.of([reader.read(rows[k * len(rows) // count]) for k in range(count)], config.scale)
-    features = Features()
-    tell(f"{count} pictures of {split or 'the set'}, {len(set(held.groups))} groups; 95% intervals over groups")
+    held = _held(reader.hold_out(stride)[1] if stride else reader, pictures, config.scale)
+    features = Features().to(device)
+    tell(f"{len(held)} pictures of {split or 'the set'}, {len(set(held.groups))} groups; 95% intervals over groups")
 
-    report: dict[str, Any] = {"pictures": count, "split": split, "stage": chosen.config.name, "model": cascade.digest,
-                              "sampling": to_dict(chosen.config.sampling), **environment()}  # fmt: skip
+    report: dict[str, Any] = {"pictures": len(held), "split": split, "stage": chosen.config.name,
+                              "model": cascade.digest, "sampling": to_dict(chosen.config.sampling),
+                              **environment()}  # fmt: skip
     found = against_truth(cascade, chosen, others, held, features)
     report["ground_truth"] = {name: intervals(measures, held.groups) for name, (_, measures) in found.items()}
     _tell_table(report["ground_truth"], tell)
-    few = held.first(sweep_pictures)
-    report["what_counts"] = what_counts(cascade, chosen, few, found[chosen.config.name][0][: len(few)])
+    few, which = held.spread(sweep_pictures)
+    report["what_counts"] = what_counts(cascade, chosen, few, found[chosen.config.name][0][which])
     tell("; ".join(f"{name} {value:.3g}" for name, value in report["what_counts"].items()))
-    cells = sweep(cascade, chosen, few, features, levels, steps)
-    report["sweep"], report["best"] = cells, best(cells)
-    tell(f"best of the sweep: level {report['best']['level']}, {report['best']['steps']} steps")
+    cells = report["sweep"] = sweep(cascade, chosen, few, features, levels, steps)
     columns = {"small": shown(held.small, config.scale), **{name: p for name, (p, _) in found.items()},
                "truth": held.large}  # fmt: skip
+    after: list[dict[str, Any]] = []
     if cascade.stages[0].config.low_res is None:
-        settings = [replace(chosen.config.sampling, level=level) for level in levels]
-        drawn, report["after_base"] = after_base(cascade, chosen, held, features, settings)
+        settings = [replace(chosen.config.sampling, level=level, steps=best(cells)["steps"]) for level in levels]
+        drawn, after = after_base(cascade, chosen, held, features, settings)
         columns["base"] = shown(drawn[0], config.scale)
         columns.update({f"level {s.level}": p for s, p in zip(settings, drawn[1:], strict=True)})
-        for line in report["after_base"]:
+        for line in after:
             tell("after the base: " + "  ".join(f"{name} {value}" for name, value in line.items()))
+    report["after_base"], report["best"] = after, best(cells, after)
+    tell("best setting: level {level}, {steps} steps; consistent: {consistent}".format(**report["best"]))
     if tiled:
-        report["tiled"] = tiled_against_whole(cascade, chosen, held.large[:tiled], held.captions[:tiled])
+        small, _ = held.spread(tiled)
+        report["tiled"] = tiled_against_whole(cascade, chosen, small.large, small.captions)
         tell("tiled: " + "  ".join(f"{name} {value}" for name, value in report["tiled"].items()))
     report["columns"] = list(columns)
+    path = _write(Path(out), report, columns)
     if save:
         keep(Path(model), chosen.config, report["best"])
-    return _write(Path(out), report, columns)
+    return path
 
 
-def _peer(folder: str | Path, stage: Stage) -> Cascade:
+def _held(reader: Reader, pictures: int, scale: int) -> Held:
+    """Pictures spread over a set. Raises UserError for one that cannot be read."""
+    rows = reader.rows
+    count, found = min(pictures, len(rows)), []
+    for row in (rows[k * len(rows) // count] for k in range(count)):
+        try:
+            found.append(reader.read(row))
+        except BadImage as error:
+            raise UserError(f"{row.key}: {error}; `ldm data check` lists all that is wrong with a set") from None
+    return Held.of(found, scale)
+
+
+def _peer(folder: str | Path, stage: Stage, device: str) -> Cascade:
     """The SR stage of another cascade that does what `stage` does."""
-    cascade = load_cascade(folder)
+    cascade = load_cascade(folder, device)
     own = sr_stage(cascade).config
     if (own.resolution_px, own.input_px) != (stage.config.resolution_px, stage.config.input_px):
         raise UserError(f"{folder}: {own.input_px} -> {own.resolution_px} px cannot stand beside "
@@ -110,11 +127,11 @@ def _tell_table(table: dict[str, dict[str, list[float]]], tell: Callable[[str], 
 
 def _write(out: Path, report: dict[str, Any], columns: dict[str, Tensor]) -> Path:
     out.mkdir(parents=True, exist_ok=True)
+    write_json(out / "report.json", report)
     _draw(report["sweep"], out / "curves.png")
     shown_rows = range(min(SHOWN_PICTURES, report["pictures"]))
     tiles = [to_uint8(pictures[i : i + 1])[0] for i in shown_rows for pictures in columns.values()]
     save_png(grid(tiles, len(columns)), out / "pictures.png")
-    write_json(out / "report.json", report)
     return out / "report.json"
 
 
@@ -136,8 +153,8 @@ def _draw(cells: Sequence[dict[str, Any]], path: Path) -> None:
         for level in dict.fromkeys(cell["level"] for cell in cells):
             own = [cell for cell in cells if cell["level"] == level]
             means = [cell[name][0] for cell in own]
-            spans = [[m - cell[name][1] for m, cell in zip(means, own, strict=True)],
-                     [cell[name][2] - m for m, cell in zip(means, own, strict=True)]]  # fmt: skip
+            spans = [[max(0.0, m - cell[name][1]) for m, cell in zip(means, own, strict=True)],
+                     [max(0.0, cell[name][2] - m) for m, cell in zip(means, own, strict=True)]]  # fmt: skip
             axes.errorbar([cell["steps"] for cell in own], means, yerr=spans, marker="o", label=f"level {level:g}")
         axes.set_xlabel("steps")
         axes.set_title(label)

@@ -14,7 +14,7 @@ import time
 from array import array
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from itertools import islice
 from pathlib import Path
@@ -317,7 +317,7 @@ class _Costs:
         return self.tensor + self.states + self.index + self.record
 
 
-def plan(reader: Reader, codec: Codec | None, text: TextEncoder | None) -> str:
+def plan(reader: Reader, codec: Codec | None, text: TextEncoder | None, scale: int | None = None) -> str:
     """What `encode` will take for this set with the processes of this launch, and for a billion such pictures, in
     lines; measured on up to PLAN_PICTURES pictures from all over the set. Writes nothing.
 
@@ -330,6 +330,8 @@ def plan(reader: Reader, codec: Codec | None, text: TextEncoder | None) -> str:
     each = PLAN_PICTURES // len(blocks)
     sample = [row for rows in found for row in rows[:: -(-len(rows) // each) or 1]]
     costs = _measure(reader, scanned, sample, codec, text)
+    small = 3 * (reader.config.size_px // scale) ** 2 if scale else 0
+    costs = replace(costs, tensor=costs.tensor + small)
     total = reader.total or round(len(scanned) / len(blocks) * len(reader.blocks))
     about = "" if reader.total is not None else "about "
     hours = 1e9 * costs.seconds / 3600

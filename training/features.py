@@ -42,16 +42,18 @@ class Features(nn.Module):
     def levels(self, pictures: Tensor) -> list[Tensor]:
         """Feature maps at 1/2, 1/4, 1/8, 1/16 and 1/32 of the side."""
         found: list[Tensor] = self.network.forward_intermediates(
-            pictures.clamp(-1, 1), indices=LEVELS, intermediates_only=True
+            self._given(pictures), indices=LEVELS, intermediates_only=True
         )
         return found
 
     def forward(self, pictures: Tensor) -> Tensor:
         """The pooled features before the classifier: (B, 1280)."""
-        pooled: Tensor = self.network.forward_head(
-            self.network.forward_features(pictures.clamp(-1, 1)), pre_logits=True
-        )
+        maps = self.network.forward_features(self._given(pictures))
+        pooled: Tensor = self.network.forward_head(maps, pre_logits=True).cpu()
         return pooled
+
+    def _given(self, pictures: Tensor) -> Tensor:
+        return pictures.clamp(-1, 1).to(next(self.network.parameters()).device)
 
     @torch.no_grad()
     def distance(self, a: Tensor, b: Tensor) -> Tensor:
@@ -61,7 +63,7 @@ class Features(nn.Module):
         for start in range(0, len(a), ROWS):
             pairs = zip(*(self.levels(x[start : start + ROWS]) for x in (a, b)), strict=True)
             found.append(sum(((_unit(p) - _unit(q)) ** 2).sum(1).mean((1, 2)) for p, q in pairs))
-        return torch.cat([torch.as_tensor(part) for part in found])
+        return torch.cat([torch.as_tensor(part).cpu() for part in found])
 
 
 def _unit(features: Tensor) -> Tensor:

@@ -81,7 +81,8 @@ def plan(config_path: str | Path, overrides: Sequence[str] = ()) -> str:
     config = load(RunConfig, config_path, overrides)
     with _prepared(config.loop):
         readers, codec, text = load_parts(config)
-        return encode_plan(readers[0], codec, text)
+        scale = config.low_res.scale if isinstance(config, DiffusionRun) and config.low_res and codec else None
+        return encode_plan(readers[0], codec, text, scale)
 
 
 def average(run: Path, length: float, out: Path, images: int | None = None) -> Path:
