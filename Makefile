@@ -22,6 +22,6 @@ lint: $(VENV)/.installed
 test: lint
 	$(BIN)/python -m pytest
 
-# about eight minutes; best on a machine that does nothing else
+# about ten minutes; best on a machine that does nothing else
 bench: $(VENV)/.installed
 	$(BIN)/python -m training.bench

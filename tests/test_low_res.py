@@ -387,18 +387,18 @@ def test_a_residual_in_latents(tiny: list[str], monkeypatch: pytest.MonkeyPatch)
 
 def test_statistics_are_kept_beside_the_cache(tiny: list[str]) -> None:
     """Measured once, as training draws: with its degradation, and draws of the posterior."""
-    options = ("low_res.residual=true", "upscaling.degradation.noise=1", "upscaling.degradation.noise_std=[20, 20]")
+    options = (*PIXELS, "upscaling.degradation.noise=1", "upscaling.degradation.noise_std=[40, 40]")
     task = of("sr", tiny, *options)
     found = task.module.frozen.normalisation
     kept_there = task.cache.folder.glob("statistics-*.json")  # type: ignore[union-attr]
     files = [file for file in kept_there if tuple(json.loads(file.read_text())["std"]) == found.std]
     assert len(files) == 1
-    other = {"mean": [0.5] * 8, "std": [2.0] * 8}
+    other = {"mean": [0.5] * 12, "std": [2.0] * 12}
     kept = files[0].read_text()
     files[0].write_text(json.dumps(other))
-    assert of("sr", tiny, *options).module.frozen.normalisation.std == (2.0,) * 8
+    assert of("sr", tiny, *options).module.frozen.normalisation.std == (2.0,) * 12
     files[0].write_text(kept)
-    plain = of("sr", tiny, "low_res.residual=true").module.frozen.normalisation
+    plain = of("sr", tiny, *PIXELS).module.frozen.normalisation
     assert sum(found.std) > 1.1 * sum(plain.std)
     drawn = torch.cat([diffusion_inputs(batch, task.module.denoiser, task.module.frozen).x0
                        for batch, _ in zip(batches(task.cache, 0, 0, 16, 16), range(6), strict=False)])  # fmt: skip
