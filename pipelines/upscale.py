@@ -121,7 +121,7 @@ def upscale(pictures: Sequence[str | Path], model: str | Path | None = None, sca
 def check_scale(scale: int) -> None:
     """Raise UserError for a scale that no stage could have."""
     if not 2 <= scale <= 64:
-        raise UserError(f"--scale {scale}: must be from 2 to 64; the shipped stage enlarges by 4")
+        raise UserError(f"--scale {scale}: must be from 2 to 64")
 
 
 def enlarging(cascade: Cascade, scale: int) -> Cascade:

@@ -215,11 +215,13 @@ class TestRun:
         data, cache = f"data.path={ROOT / 'tests/data/emoji'}", f"cache={tmp_path / 'cache'}"
         train(ROOT / "configs/tiny/autoencoder.yaml", tmp_path / "ae", [data, cache])
         overrides = [data, cache, f"codec={tmp_path / 'ae/final'}"]
-        train(ROOT / "configs/tiny/base.yaml", tmp_path / "base", overrides)
-        measures = [json.loads((run / "metrics.jsonl").read_text().splitlines()[-1]) for run in
-                    (tmp_path / "ae", tmp_path / "base")]  # fmt: skip
+        for name in ("base", "sr"):
+            train(ROOT / f"configs/tiny/{name}.yaml", tmp_path / name, overrides)
+        measures = [json.loads((tmp_path / name / "metrics.jsonl").read_text().splitlines()[-1])
+                    for name in ("ae", "base", "sr")]  # fmt: skip
         assert measures[0]["psnr_db"] >= 13
         assert measures[1]["loss_mean"] < 0.6
+        assert measures[2]["loss_mean"] < 0.6
 
     def test_run_of_another_config_is_refused(self, runs: Path) -> None:
         with pytest.raises(UserError, match=r"optim\.lr: 0\.004 there, 0\.001 now"):

@@ -207,7 +207,7 @@ def drawing(setup: Setup, table: Table) -> None:
     table.title(f"drawing: pictures of {side} px")
     for count in (1, max(stage.config.sampling.rows for stage in cascade.stages)):
         whole, parts = _drawn(cascade, (prompts * count)[:count], setup.times(5))
-        table.line(f"a picture, {count} at once", "s", whole, at_most=5)
+        table.line(f"a picture, {count} at once", "s", whole, at_most=5 if cascade.stages[1:] else None)
         for name, found in parts.items():
             table.line(f"  {name}", "s", found)
         for stage in cascade.stages[1:]:
