@@ -241,7 +241,7 @@ def generate(
 def upscale(
     pictures: Annotated[list[Path], typer.Argument(metavar="IMAGE...", help="Picture files of any size.")],
     model: Annotated[
-        Path | None, typer.Option(help="A cascade folder with SR stages; the shipped model has none yet.")
+        Path | None, typer.Option(help="A cascade folder with SR stages; default: the shipped emoji model.")
     ] = None,
     scale: Annotated[int, typer.Option(help="How many times as large.")] = 4,
     prompt: Annotated[str, typer.Option(help="What the picture shows; none by default.")] = "",

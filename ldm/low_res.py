@@ -3,6 +3,8 @@
     degrade(high_res) -> low_res                             training only: what a small picture is taken to be
     condition_low_res(low_res, level, eps) -> (B, C, h, w)   training, evaluation and inference: what a network sees
 
+`enlarge` and `local_contrast` say what a residual stage draws: (latent - latent of the enlarged picture) / contrast.
+
 Noise of a level that the network is told covers the difference between the small pictures it was trained on and
 those another stage draws (Ho et al. 2021, "Cascaded diffusion models", sec. 4.1; Saharia et al. 2022, sec. 2.3).
 """
@@ -25,6 +27,7 @@ from ldm.noise import NoiseSchedule, NoiseScheduleConfig
 
 Kernel = Literal["area", "bicubic", "nearest"]
 NULL_LEVEL = 1.0
+CONTRAST_WINDOW_PX = 1.0
 
 
 @dataclass(frozen=True)
@@ -33,15 +36,20 @@ class LowResConfig(Config):
 
     levels: the schedule of the noise that is added to it, level s in [0, 1] being its t; max_level bounds what the
     network was trained on, and 0 is no noise. residual: the stage draws what the picture, enlarged by bicubic
-    interpolation and encoded, lacks of the large one's latent; else that latent itself.
+    interpolation and encoded, lacks of the large one's latent; else that latent itself. contrast_floor: a residual is
+    divided by the picture's `local_contrast`, at least this much (of pixels in [-1, 1]), so that what a network gets
+    wrong in flat areas, where nothing is lacking, is as small as they are flat; None leaves residuals as they are.
     """
 
     scale: int
     levels: NoiseScheduleConfig = NoiseScheduleConfig()
     max_level: float = 0.5
     residual: bool = False
+    contrast_floor: float | None = None
 
     def __post_init__(self) -> None:
+        if self.contrast_floor is not None and not (self.residual and 0 < self.contrast_floor <= 1):
+            raise ValueError(f"contrast_floor, {self.contrast_floor}, is of residual stages, above 0 and at most 1")
         if not 2 <= self.scale <= 16:
             raise ValueError(f"scale must be from 2 to 16, not {self.scale}")
         if not 0 <= self.max_level < NULL_LEVEL:
@@ -78,6 +86,20 @@ def condition_low_res(low_res: Tensor, level: Tensor, eps: Tensor, config: LowRe
 def enlarge(pictures: Tensor, scale: int) -> Tensor:
     """Bicubic interpolation: (B, C, H, W) -> (B, C, H scale, W scale), values as they come."""
     return interpolate(pictures, scale_factor=scale, mode="bicubic", align_corners=False)
+
+
+def local_contrast(low_res: Tensor, config: LowResConfig, factor: int) -> Tensor:
+    """What a residual is measured in, on the latent grid: (B, 3, H, W) -> (B, 1, H scale / factor, W scale / factor).
+
+    sqrt(variance + floor^2), the variance that of the small picture under a Gaussian window of 1 px, the mean of its
+    channels; 1 everywhere without a `contrast_floor`.
+    """
+    grid = [side * config.scale // factor for side in low_res.shape[-2:]]
+    if config.contrast_floor is None:
+        return low_res.new_ones(len(low_res), 1, *grid)
+    variance = (_blur(low_res**2, CONTRAST_WINDOW_PX) - _blur(low_res, CONTRAST_WINDOW_PX) ** 2).clamp(min=0)
+    spread = interpolate(variance.mean(1, keepdim=True), size=grid, mode="area")
+    return torch.sqrt(spread + config.contrast_floor**2)
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,8 @@
 """Stage: a denoiser with its codec, statistics and defaults; base and SR stages are this one class.
 
     Conditioning (and, for SR, small pictures -> condition_low_res) -> noise of each image -> sampler(guided denoiser)
-            -> Normalisation.invert -> (+ the enlarged small picture's latent) -> LatentCodec.decode -> pixels
+            -> Normalisation.invert -> (x local contrast + the enlarged small picture's latent) -> LatentCodec.decode
+            -> pixels
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from ldm.denoiser import Denoiser, DenoiserConfig, Prediction
 from ldm.draws import keyed_generator
 from ldm.guidance import ClassifierFreeGuidance
 from ldm.latents import Normalisation
-from ldm.low_res import NULL_LEVEL, LowResConfig, condition_low_res, enlarge
+from ldm.low_res import NULL_LEVEL, LowResConfig, condition_low_res, enlarge, local_contrast
 from ldm.models.unet import UNetConfig, build_unet
 from ldm.noise import NoiseSchedule, NoiseScheduleConfig, uniform_grid
 from ldm.sampling import SAMPLERS
@@ -180,8 +181,10 @@ class Stage:
             bound, against = self._bind(cond[index], null, own, sampling, grid, small)
             predict = partial(ClassifierFreeGuidance(self.denoiser, sampling.guidance, against), cond=bound)
             raw = self.config.normalisation.invert(self._run(predict, own, sampling, grid, on_step))
-            if small is not None and self.config.low_res is not None and self.config.low_res.residual:
-                raw = raw + codec.encode(enlarge(small, self.config.low_res.scale)).chunk(2, 1)[0]
+            config = self.config.low_res
+            if small is not None and config is not None and config.residual:
+                enlarged = codec.encode(enlarge(small, config.scale)).chunk(2, 1)[0]
+                raw = raw * local_contrast(small, config, codec.config.factor) + enlarged
             parts.append(codec.decode(raw)[: len(chunk)].cpu())
         return torch.cat(parts)
 
@@ -203,7 +206,8 @@ class Stage:
         raw = self.config.normalisation.invert(self._run(predict, [seed], sampling, grid, on_step))
         if config.residual:
             large, factor = enlarge(small, config.scale), codec.config.factor
-            raw = raw + blend(lambda w: codec.encode(torch.cat([i.of(large, factor) for i in w])).chunk(2, 1)[0])
+            enlarged = blend(lambda w: codec.encode(torch.cat([i.of(large, factor) for i in w])).chunk(2, 1)[0])
+            raw = raw * local_contrast(small, config, factor) + enlarged
         return blend(lambda w: codec.decode(torch.cat([i.of(raw) for i in w])), cells=codec.config.factor).cpu()
 
     def _bind(self, cond: Conditioning, null: Conditioning, seeds: Sequence[int], sampling: SamplingConfig,

@@ -32,7 +32,7 @@ MAX_TILE_PX = 2048
 FLAT_SHARE = 0.2  # of a drawing, more neighbouring pixels are equal
 # what a plan says of memory: the program with its weights, copies of the widest level in one call of a network,
 # and float32 copies of the large picture, latents included
-BASE_BYTES, CALL_COPIES, CANVAS_COPIES = 5e8, 12, 8
+BASE_BYTES, CALL_COPIES, CANVAS_COPIES = 1e9, 12, 8
 
 
 @dataclass(frozen=True)

@@ -65,3 +65,16 @@ def tiny_clip_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from tests.tiny import save_tiny_cascade
 
     return save_tiny_cascade(tmp_path_factory.mktemp("tiny_clip"), "clip")
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """Overrides that run configs/tiny on the tests' pictures, with a codec trained for a moment."""
+    from tests.tiny import EMOJI, ROOT
+    from training.run import train
+
+    folder = tmp_path_factory.mktemp("tiny_runs")
+    shared = [f"data.path={EMOJI}", f"cache={folder / 'cache'}", "loop.images=160", "loop.log_every_images=80",
+              "loop.preview_every_images=160", "loop.save_every_images=160", "loop.trackers=[]"]  # fmt: skip
+    train(ROOT / "configs/tiny/autoencoder.yaml", folder / "ae", shared)
+    return [*shared, f"codec={folder / 'ae/final'}"]

@@ -26,7 +26,7 @@ SHARED = [f"data.path={ROOT / 'tests/data/emoji'}", "loop.images=160", "loop.log
 STAGES = {
     "base": ("base", ["codec=null", "unshuffle=2", "data.size_px=16", "denoiser.clip_x0=1.5"]),
     "middle": ("sr", ["name=middle", "codec=null", "unshuffle=2", "data.size_px=32", "low_res.scale=2",
-                      "low_res.residual=true", "upscaling.crop_px=16"]),
+                      "low_res.residual=true", "low_res.contrast_floor=0.02", "upscaling.crop_px=16"]),
     "sr": ("sr", ["low_res.scale=2", "data.size_px=64"]),
 }  # fmt: skip
 

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,18 +18,14 @@ import ldm.low_res
 import pipelines.stage
 import training.steps
 from ldm.conditioning import Conditioning
-from ldm.config import load
 from ldm.low_res import DegradationConfig, LowResConfig, condition_low_res, degrade
 from pipelines.stage import SamplingConfig
+from tests.tiny import EMOJI, PIXELS, tiny_task
 from training.data import DataConfig, Reader
 from training.diffusion import DiffusionTask
 from training.loader import batches
-from training.run import train
 from training.steps import condition_pictures, diffusion_inputs, planes
-from training.tasks import RunConfig, build_task
 
-ROOT = Path(__file__).parent.parent
-EMOJI = ROOT / "tests/data/emoji"
 CONFIG = LowResConfig(scale=4)
 
 
@@ -43,30 +37,9 @@ def large() -> Tensor:
 
 
 @pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    """Overrides that run the tiny configs here, with a codec trained for a moment."""
-    tmp = tmp_path_factory.mktemp("low_res")
-    shared = [f"data.path={EMOJI}", f"cache={tmp / 'cache'}", "loop.images=160", "loop.log_every_images=80",
-              "loop.preview_every_images=160", "loop.save_every_images=160", "loop.trackers=[]"]  # fmt: skip
-    train(ROOT / "configs/tiny/autoencoder.yaml", tmp / "ae", shared)
-    return [*shared, f"codec={tmp / 'ae/final'}"]
-
-
-@pytest.fixture(scope="module")
 def task(tiny: list[str]) -> DiffusionTask:
     """The tiny SR stage, untrained: in latents, on crops."""
-    made = build_task(load(RunConfig, ROOT / "configs/tiny/sr.yaml", tiny))
-    assert isinstance(made, DiffusionTask)
-    return made
-
-
-def of(name: str, tiny: list[str], *more: str) -> DiffusionTask:
-    made = build_task(load(RunConfig, ROOT / f"configs/tiny/{name}.yaml", [*tiny, *more]))
-    assert isinstance(made, DiffusionTask)
-    return made
-
-
-PIXELS = ("codec=null", "unshuffle=2", "low_res.scale=2", "low_res.residual=true")
+    return tiny_task("sr", tiny)
 
 
 class TestConditionLowRes:
@@ -104,10 +77,14 @@ class TestConditionLowRes:
         with pytest.raises(ValueError, match="has no grid of 8 px"):
             condition_low_res(torch.zeros(1, 3, 7, 8), torch.zeros(1), torch.zeros(1, 12, 4, 4), CONFIG, 8)
 
-    @pytest.mark.parametrize("wrong", [{"scale": 1}, {"scale": 17}, {"scale": 4, "max_level": 1.0}])
-    def test_values_out_of_range_are_refused(self, wrong: dict[str, Any]) -> None:
-        with pytest.raises(ValueError, match="must be from"):
-            LowResConfig(**wrong)
+    @pytest.mark.parametrize(
+        ("wrong", "reason"),
+        [({"scale": 1}, "must be from"), ({"scale": 17}, "must be from"), ({"max_level": 1.0}, "must be from"),
+         ({"contrast_floor": 0.02}, "is of residual stages"), ({"residual": True, "contrast_floor": 0.0}, "above 0")],
+    )  # fmt: skip
+    def test_values_out_of_range_are_refused(self, wrong: dict[str, Any], reason: str) -> None:
+        with pytest.raises(ValueError, match=reason):
+            LowResConfig(**{"scale": 4, **wrong})
 
 
 class TestDegrade:
@@ -164,7 +141,7 @@ class TestOneFunction:
 
     @pytest.mark.parametrize("options", [(), PIXELS], ids=["latents", "pixels"])
     def test_training_and_inference_get_equal_bits(self, tiny: list[str], options: tuple[str, ...]) -> None:
-        task = of("sr", tiny, *options)
+        task = tiny_task("sr", tiny, *options)
         stage = task.cascade(task.module).stages[0]
         config, factor = stage.config.low_res, stage.codec.module.config.factor
         assert config is not None
@@ -188,7 +165,7 @@ class TestOneFunction:
     def test_the_network_is_told_the_level_of_the_noise_it_gets(
         self, tiny: list[str], options: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        task = of("sr", tiny, *options, "upscaling.dropout=0.3")
+        task = tiny_task("sr", tiny, *options, "upscaling.dropout=0.3")
         made: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
 
         def spied(low_res: Tensor, level: Tensor, eps: Tensor, *rest: Any) -> Tensor:
@@ -253,7 +230,7 @@ class TestOneFunction:
         means = pictures.reshape(3, 16, 4, 16, 4, 3).astype(float).mean((2, 4))
         found = task.cache.low_res([0, 1, 2]).numpy()
         assert np.abs(found - means).max() <= 0.5
-        from_pixels = of("sr", tiny, *PIXELS)
+        from_pixels = tiny_task("sr", tiny, *PIXELS)
         stored = from_pixels.cache.stored([0, 1, 2])
         made = training.steps.small_pictures(from_pixels.cache, [0, 1, 2], stored, from_pixels.module.frozen)
         means = pictures.reshape(3, 32, 2, 32, 2, 3).astype(float).mean((2, 4))
@@ -263,7 +240,7 @@ class TestOneFunction:
 class TestCrops:
     def test_small_and_large_are_cropped_at_one_place(self, tiny: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
         """On pixels without noise, the crop of the small picture is the downsample of the crop of the large one."""
-        task = of("sr", tiny, "codec=null", "unshuffle=4", "low_res.max_level=0", "upscaling.dropout=0",
+        task = tiny_task("sr", tiny, "codec=null", "unshuffle=4", "low_res.max_level=0", "upscaling.dropout=0",
                   "upscaling.crop_px=32")  # fmt: skip
         batch = next(batches(task.cache, 0, 0, 16, 16))
         drawn = diffusion_inputs(batch, task.module.denoiser, task.module.frozen)
@@ -276,23 +253,10 @@ class TestCrops:
         assert whole is not None
         assert not torch.allclose(small, planes(whole)[:, :, :8, :8])
 
-    def test_a_residual_is_what_the_enlarged_picture_lacks(self, tiny: list[str]) -> None:
-        task = of("sr", tiny, *PIXELS, "upscaling.crop_px=null")
-        frozen = task.module.frozen
-        stored = task.cache.stored([0, 1])
-        small = degrade(stored, 2, DegradationConfig())
-        raw = training.steps.raw_latents(stored, small, frozen)
-        large = frozen.codec.decode(raw) + ldm.low_res.enlarge(planes(small), 2)
-        assert torch.allclose(large, planes(stored), atol=1e-6)
-        stored = task.cache.stored(range(48))
-        small = training.steps.small_pictures(task.cache, range(48), stored, frozen)
-        x0 = frozen.normalisation.apply(training.steps.raw_latents(stored, small, frozen))
-        assert 0.8 < float(x0.std()) < 1.2
-
 
 @pytest.mark.parametrize("random", [False, True])
 def test_what_is_cached_follows_the_degradation(tiny: list[str], random: bool) -> None:
-    task = of("sr", tiny, *(["upscaling.degradation.noise=0.5"] if random else []))
+    task = tiny_task("sr", tiny, *(["upscaling.degradation.noise=0.5"] if random else []))
     assert (task.cache.key.codec is None) == random
     assert (task.cache.key.scale is None) == random
     drawn = [diffusion_inputs(next(batches(task.cache, 0, at, 8, 8)), task.module.denoiser, task.module.frozen)
@@ -304,7 +268,7 @@ def test_what_is_cached_follows_the_degradation(tiny: list[str], random: bool) -
 
 
 def test_online_gives_the_same_inputs(tiny: list[str], task: DiffusionTask) -> None:
-    online = of("sr", tiny, "encode=online")
+    online = tiny_task("sr", tiny, "encode=online")
     for one, other in zip(*(diffusion_inputs(next(batches(t.cache, 0, 0, 8, 8)), t.module.denoiser, t.module.frozen)
                             for t in (task, online)), strict=True):  # fmt: skip
         if isinstance(one, Conditioning):
@@ -353,53 +317,3 @@ def test_guidance_can_act_on_either(task: DiffusionTask) -> None:
         assert changed == {"text": {"text"}, "low_res": low_res, "both": {"text"} | low_res}[guided]
         found.append(got.eps)
     assert not torch.allclose(found[0], found[1])
-
-
-def test_a_residual_in_latents(tiny: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Less the latent of the enlarged picture in training, and with it again when drawn."""
-    task = of("sr", tiny, "low_res.residual=true", "upscaling.crop_px=null")
-    frozen, codec = task.module.frozen, task.module.frozen.codec
-    stored = task.cache.stored([0, 1])
-    small = training.steps.small_pictures(task.cache, [0, 1], stored, frozen)
-    assert small is not None
-    with torch.no_grad():
-        large = codec.encode(ldm.low_res.enlarge(planes(small), 4)).chunk(2, 1)[0]
-    raw = training.steps.raw_latents(stored, small, frozen)
-    assert torch.allclose(raw + large, stored.float().chunk(2, 1)[0], atol=1e-5)
-    noise = torch.randn(2, 8, 8, 8)
-    drawn = training.steps.raw_latents(stored, small, frozen, noise)
-    assert torch.allclose(drawn - raw, torch.exp(0.5 * stored.float().chunk(2, 1)[1]) * noise, atol=1e-5)
-    # a network that knows the answer draws the picture as the codec decodes it
-    stage = task.cascade(task.module).stages[0]
-    x0 = frozen.normalisation.apply(raw)
-
-    def knows(x: Tensor, t: Tensor, cond: Conditioning) -> Any:
-        alpha, sigma = (c.view(-1, 1, 1, 1).float() for c in stage.denoiser.schedule.alpha_sigma(t))
-        return pipelines.stage.Prediction(x0, (x - alpha * x0) / sigma)
-
-    monkeypatch.setattr(stage.denoiser, "forward", knows)
-    text = Conditioning(*task._text.encode(["a", "b"]))
-    made = stage.sample(text, text[:1], [1, 2], SamplingConfig(steps=2, guidance=1, rows=2), planes(small))
-    with torch.no_grad():
-        wanted = codec.decode(stored.float().chunk(2, 1)[0])
-    assert torch.allclose(made, wanted, atol=1e-3)
-
-
-def test_statistics_are_kept_beside_the_cache(tiny: list[str]) -> None:
-    """Measured once, as training draws: with its degradation, and draws of the posterior."""
-    options = (*PIXELS, "upscaling.degradation.noise=1", "upscaling.degradation.noise_std=[40, 40]")
-    task = of("sr", tiny, *options)
-    found = task.module.frozen.normalisation
-    kept_there = task.cache.folder.glob("statistics-*.json")  # type: ignore[union-attr]
-    files = [file for file in kept_there if tuple(json.loads(file.read_text())["std"]) == found.std]
-    assert len(files) == 1
-    other = {"mean": [0.5] * 12, "std": [2.0] * 12}
-    kept = files[0].read_text()
-    files[0].write_text(json.dumps(other))
-    assert of("sr", tiny, *options).module.frozen.normalisation.std == (2.0,) * 12
-    files[0].write_text(kept)
-    plain = of("sr", tiny, *PIXELS).module.frozen.normalisation
-    assert sum(found.std) > 1.1 * sum(plain.std)
-    drawn = torch.cat([diffusion_inputs(batch, task.module.denoiser, task.module.frozen).x0
-                       for batch, _ in zip(batches(task.cache, 0, 0, 16, 16), range(6), strict=False)])  # fmt: skip
-    assert drawn.std((0, 2, 3)).mean() == pytest.approx(1, abs=0.2)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from ldm.config import load
 from ldm.denoiser import DenoiserConfig
 from ldm.latents import CodecConfig, LatentCodec, Normalisation
 from ldm.low_res import LowResConfig
@@ -19,7 +20,12 @@ from ldm.weights import Codec
 from pipelines.cascade import Cascade
 from pipelines.stage import SamplingConfig, Stage, StageConfig, build_denoiser
 from tests.tiny_text import TINY
+from training.diffusion import DiffusionTask
+from training.tasks import RunConfig, build_task
 
+ROOT = Path(__file__).parent.parent
+EMOJI = ROOT / "tests/data/emoji"
+PIXELS = ("codec=null", "unshuffle=2", "low_res.scale=2", "low_res.residual=true")
 RESOLUTION_PX = 64
 CODEC = CodecConfig(
     unshuffle=4, autoencoder=AutoencoderConfig(widths=(16, 16), norm_groups=8, latent_channels=4)
@@ -75,7 +81,8 @@ def save_tiny_sr(parent: Path) -> Path:
             ("sr", 64, CODEC, False),
         ):
             codec = LatentCodec(shape).eval().requires_grad_(False)
-            low_res, channels = LowResConfig(scale=2, residual=residual), shape.latent_channels
+            low_res = LowResConfig(scale=2, residual=residual, contrast_floor=0.02 if residual else None)
+            channels = shape.latent_channels
             unet = replace(UNET, self_attention=False)
             network = build_denoiser(
                 unet, NoiseScheduleConfig(), DenoiserConfig(), channels, encoder.width, low_res.channels(shape.factor)
@@ -98,3 +105,10 @@ def save_tiny_sr(parent: Path) -> Path:
             stages.append(Stage(config, network.eval().requires_grad_(False), Codec(codec, name)))
     Cascade(stages, encoder).save(parent / "cascade")
     return parent / "cascade"
+
+
+def tiny_task(name: str, overrides: list[str], *more: str) -> DiffusionTask:
+    """A diffusion stage of configs/tiny, untrained."""
+    made = build_task(load(RunConfig, ROOT / f"configs/tiny/{name}.yaml", [*overrides, *more]))
+    assert isinstance(made, DiffusionTask)
+    return made

@@ -35,7 +35,7 @@ RESAMPLES = 1000
 KID_SUBSETS = 100
 KID_LEAST = 50  # pictures; below, its spread is larger than what it tells apart
 CONSISTENT_DB = 35.0
-CLOSE = 1.02  # of the least distance: not worth more steps
+CLOSE = 1.005  # of the least distance: not worth more steps
 CODEC_ROWS = 4
 Measures = dict[str, Tensor]
 

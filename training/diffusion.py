@@ -280,7 +280,8 @@ def with_statistics(frozen: Frozen, codec_digest: str, cache: Cache | Online) ->
     if not isinstance(cache, Cache):
         return replace(frozen, normalisation=_measured(frozen, cache))
     shape = None if frozen.low_res is None else to_dict(frozen.low_res)
-    key = json.dumps([codec_digest, shape, to_dict(frozen.upscaling.degradation)], sort_keys=True)
+    codec = [codec_digest, to_dict(frozen.codec.config)]
+    key = json.dumps([codec, shape, to_dict(frozen.upscaling.degradation)], sort_keys=True)
     digest = hashlib.sha256(key.encode()).hexdigest()[:16]
     file = cache.folder / f"statistics-{digest}.json"
     with process_state().main_process_first():

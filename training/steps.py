@@ -17,7 +17,15 @@ from ldm.conditioning import Conditioning
 from ldm.config import Config
 from ldm.denoiser import Denoiser
 from ldm.latents import LatentCodec, Normalisation, kl_to_standard_normal, sample_moments
-from ldm.low_res import NULL_LEVEL, DegradationConfig, LowResConfig, condition_low_res, degrade, enlarge
+from ldm.low_res import (
+    NULL_LEVEL,
+    DegradationConfig,
+    LowResConfig,
+    condition_low_res,
+    degrade,
+    enlarge,
+    local_contrast,
+)
 from training.cache import Cache
 from training.loader import Batch
 from training.online import Online
@@ -203,7 +211,7 @@ def _crop(batch: Batch, side: int, frozen: Frozen) -> Crop:
 def raw_latents(stored: Tensor, small: Tensor | None, frozen: Frozen, noise: Tensor | None = None,
                 crop: Crop | None = None) -> Tensor:  # fmt: skip
     """What is cached of pictures -> raw latents (B, C, h, w) of a crop, on the CPU: a posterior draw, or its mean
-    without noise; for a residual stage, less the latent of the enlarged small picture.
+    without noise; for a residual stage, less the latent of the enlarged small picture, over its local contrast.
 
     Pixels are cropped before they are encoded, latents after.
     """
@@ -218,9 +226,12 @@ def raw_latents(stored: Tensor, small: Tensor | None, frozen: Frozen, noise: Ten
 
     moments = encoded(planes(stored)) if pixels else stored.float()
     raw = moments.chunk(2, dim=1)[0] if noise is None else sample_moments(moments, noise)
-    if frozen.low_res is not None and frozen.low_res.residual and small is not None:
-        raw = raw - encoded(enlarge(planes(small), frozen.low_res.scale)).chunk(2, dim=1)[0]
-    return raw if pixels else crop(raw)
+    raw = raw if pixels else crop(raw)
+    if frozen.low_res is None or not frozen.low_res.residual or small is None:
+        return raw
+    low_res = planes(small)
+    enlarged = encoded(enlarge(low_res, frozen.low_res.scale)).chunk(2, dim=1)[0]
+    return (raw - (enlarged if pixels else crop(enlarged))) / crop(local_contrast(low_res, frozen.low_res, factor))
 
 
 def condition_pictures(small: Tensor, level: Tensor, noise: Tensor, frozen: Frozen) -> Tensor:
