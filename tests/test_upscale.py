@@ -135,7 +135,7 @@ class TestUpscale:
         made = upscale(names, folder, out=tmp_path / "out", tell=lines.append)
         assert [p.name for p in made] == ["a.png", "b.png", "c.png", "d.png", "e.png"]
         assert [opened(p).shape for p in made] == [(48, 80, 3), (120, 36, 3), (32, 32, 3), (40, 40, 3), (24, 40, 3)]
-        assert "20 x 12 -> 80 x 48, 2 tiles, 4 steps, about 0.5 GB of memory" in lines[0]
+        assert "20 x 12 -> 80 x 48, 2 tiles, 4 steps, about 1.0 GB of memory" in lines[0]
         assert recipe_of_input(made[0]) == hashlib.sha256(names[0].read_bytes()).hexdigest()
         recipe = read_recipe(made[0])
         assert recipe is not None
