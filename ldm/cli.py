@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -23,7 +22,6 @@ app.add_typer(eval_app, name="eval")
 ckpt_app = typer.Typer(help="Look at the checkpoints of a run.", no_args_is_help=True)
 app.add_typer(ckpt_app, name="ckpt")
 
-Number = TypeVar("Number", int, float)
 Config = Annotated[Path, typer.Argument(help="A YAML file, such as configs/emoji/base.yaml.")]
 Set = Annotated[
     list[str] | None, typer.Option("--set", metavar="A.B=C", help="Override a config value; may be repeated.")
@@ -188,26 +186,22 @@ def eval_cascade(
     split: Annotated[str, typer.Option(help="Of the data; empty for all of it.")] = "combos",
     stride: Annotated[int | None, typer.Option(min=2, help="Of data without splits: validation.stride.")] = None,
     against: Annotated[list[Path] | None, typer.Option(help="Another SR cascade beside it; may be repeated.")] = None,
-    levels: Annotated[str, typer.Option(help="Of the sweep, with commas.")] = "0,0.1,0.2,0.3",
-    steps: Annotated[str, typer.Option(help="Of the sweep, with commas.")] = "1,2,4,8",
+    sweep: Annotated[
+        list[str] | None,
+        typer.Option(metavar="FIELD=V,V", help="Sampling fields to sweep; default: level=0,0.1,0.2 and steps=1,2,4,8."),
+    ] = None,
     sweep_pictures: Annotated[int, typer.Option(min=2, help="Pictures of each cell of the sweep.")] = 32,
     tiled: Annotated[int, typer.Option(min=0, help="Large pictures to enlarge in tiles and at once.")] = 0,
     save: Annotated[bool, typer.Option("--save", help="Keep the best setting as the stage's default.")] = False,
     overwrite: Overwrite = False,
 ) -> None:
-    """Measure an SR stage on real small pictures and on the base's, and sweep its level and steps."""
+    """Measure an SR stage on real small pictures and on the base's, and sweep its sampling."""
     from training.boundary_report import evaluate
 
-    done = evaluate(model, data, out, stage, pictures, split or None, stride, against or (), _numbers(levels, float),
-                    _numbers(steps, int), sweep_pictures, tiled, save, overwrite, tell=_tell)  # fmt: skip
+    done = evaluate(model, data, out, stage, pictures, split or None, stride, against or (),
+                    sweep or ("level=0,0.1,0.2", "steps=1,2,4,8"), sweep_pictures, tiled, save, overwrite,
+                    tell=_tell)  # fmt: skip
     typer.echo(str(done))
-
-
-def _numbers(text: str, kind: Callable[[str], Number]) -> list[Number]:
-    try:
-        return [kind(part) for part in text.split(",")]
-    except ValueError:
-        raise typer.BadParameter(f"{text!r}: numbers with commas between them, such as 1,2,4") from None
 
 
 @app.command()

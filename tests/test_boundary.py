@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +20,17 @@ from pipelines.cascade import join, load_cascade
 from pipelines.images import to_uint8
 from pipelines.tiles import windows
 from tests.tiny import save_tiny_cascade, save_tiny_sr
-from training.boundary import best, colour_shift, consistency, enlarged, intervals, kid, sr_stage
+from training.boundary import (
+    Held,
+    best,
+    colour_shift,
+    consistency,
+    enlarged,
+    intervals,
+    kid,
+    sr_stage,
+    what_counts,
+)
 from training.boundary_report import evaluate
 from training.boundary_tiles import _across, tiled_against_whole
 from training.features import Features
@@ -100,23 +111,25 @@ def test_kid_tells_sets_apart_and_needs_enough(features: Features, pictures: Ten
 
 
 def test_the_best_setting_is_the_quickest_of_the_good() -> None:
-    def cell(steps: int, level: float, distance: float, agreement: float) -> dict[str, object]:
-        return {"steps": steps, "level": level, "distance": [distance], "consistency_db": [agreement]}
+    def cell(steps: int, level: float, distance: float, agreement: float, guidance: float = 1) -> dict[str, object]:
+        sampling = {"steps": steps, "level": level, "guidance": guidance}
+        return {"sampling": sampling, "distance": [distance], "consistency_db": [agreement]}
 
     cells = [cell(1, 0, 0.5, 40), cell(4, 0, 0.301, 36), cell(8, 0, 0.3, 36), cell(8, 0.2, 0.1, 30)]
-    assert best(cells) == {"level": 0, "steps": 4, "consistent": True}
-    assert best(cells[3:]) == {"level": 0.2, "steps": 8, "consistent": False}
+    assert best([cell(3, 0, 0.301, 36, 2), *cells]) == {
+        "sampling": {"steps": 4, "level": 0, "guidance": 1}, "consistent": True}  # fmt: skip
+    assert best(cells[3:]) == {"sampling": {"steps": 8, "level": 0.2, "guidance": 1}, "consistent": False}
 
 
 def test_the_level_is_chosen_on_what_the_base_draws() -> None:
-    cells = [{"steps": 4, "level": 0.0, "distance": [0.3], "consistency_db": [36]}]
+    told = {"steps": 4, "level": 0.0, "guidance": 1.0}
+    cells = [{"sampling": told, "distance": [0.3], "consistency_db": [36]}]
 
     def after(*kids: float | None) -> list[dict[str, object]]:
         return [{"level": 0.1 * k, "kid": None if kid is None else [kid, 0.01]} for k, kid in enumerate(kids)]
 
-    assert best(cells, after(0.2, 0.1, 0.15))["level"] == 0.1
-    assert best(cells, after(0.2, 0.19, 0.185))["level"] == 0
-    assert best(cells, after(None, None))["level"] == 0
+    for kids, level in (((0.2, 0.1, 0.15), 0.1), ((0.2, 0.19, 0.185), 0), ((None, None), 0)):
+        assert best(cells, after(*kids))["sampling"] == {**told, "level": level}
 
 
 def test_borders_are_seen(pictures: Tensor) -> None:
@@ -128,6 +141,18 @@ def test_borders_are_seen(pictures: Tensor) -> None:
     smooth[..., 24:] += 0.2
     border, beside = _across(smooth, where, cell=4, scale=2)
     assert border > 2 * beside
+
+
+def test_what_counts_changes_one_thing_at_a_time(sr: Path, pictures: Tensor) -> None:
+    cascade = load_cascade(sr)
+    large = pictures[:3, :, :32, :32]
+    same = Held(large, torch.nn.functional.avg_pool2d(large, 2), ["a"] * 3, ["x", "y", "z"])
+    found = what_counts(cascade, sr_stage(cascade), same)
+    assert found["text_changed"] == 0
+    assert min(found["level_changed"], found["seed_changed"]) > 0
+    other = what_counts(cascade, sr_stage(cascade), replace(same, captions=["a", "b", "c"]))
+    assert other["text_changed"] > 0
+    assert other["seed_changed"] != found["seed_changed"]
 
 
 def test_tiled_and_whole(sr: Path) -> None:
@@ -146,19 +171,20 @@ def test_the_report_is_whole(sr: Path, tmp_path: Path) -> None:
     (base / "base/stage.json").write_text(json.dumps({**config, "resolution_px": 16}))
     model = join([base, sr], tmp_path / "model")
     lines: list[str] = []
-    path = evaluate(model, EMOJI, tmp_path / "out", pictures=4, split="train", against=[sr], levels=(0.0, 0.2),
-                    steps=(1, 2), sweep_pictures=2, tiled=1, save=True, tell=lines.append)  # fmt: skip
+    path = evaluate(model, EMOJI, tmp_path / "out", pictures=4, split="train", against=[sr], swept=("level=0,0.2",
+                    "steps=1,2", "guidance=1,2"), sweep_pictures=2, tiled=1, save=True, tell=lines.append)  # fmt: skip
     report = json.loads(path.read_text())
     assert report["ground_truth"].keys() == {"bicubic", "lanczos", "codec round trip", "middle", str(sr)}
     for values in report["ground_truth"].values():
         assert values.keys() == {"psnr_db", "ssim", "distance", "colour_shift", "consistency_db"}
         assert all(low <= mean <= high for mean, low, high in values.values())
     assert report["ground_truth"]["bicubic"]["psnr_db"][0] > report["ground_truth"]["middle"]["psnr_db"][0]
-    assert len(report["sweep"]) == 4
+    assert len(report["sweep"]) == 8
+    assert len({json.dumps(cell["sampling"]) for cell in report["sweep"]}) == 8
     assert [line["level"] for line in report["after_base"]] == [0.0, 0.2]
     assert report["after_base"][0]["kid"] is None
     kept = read_json(model / "middle/stage.json")["sampling"]
-    assert (kept["steps"], kept["level"]) == (report["best"]["steps"], report["best"]["level"])
+    assert kept == report["best"]["sampling"]
     assert load_cascade(model).digest
     with Image.open(tmp_path / "out/curves.png") as image:
         assert image.width > 600
@@ -171,8 +197,14 @@ def test_what_cannot_be_measured_is_refused(sr: Path, tiny_folder: Path, tmp_pat
         evaluate(tiny_folder, EMOJI, tmp_path / "out")
     with pytest.raises(UserError, match="no SR stage named 'up'"):
         evaluate(sr, EMOJI, tmp_path / "out", stage="up")
-    for wrong, reason in (({"levels": (0.7,)}, r"beyond the max_level 0\.5"), ({"steps": (1, 2000)}, "from 1 to 1000"),
-                          ({"split": "none"}, "has no split .none.")):  # fmt: skip
+    for wrong, reason in (
+        ({"swept": ("level=0,0.7",)}, r"beyond the max_level 0\.5"),
+        ({"swept": ("steps=1,2000",)}, "from 1 to 1000"),
+        ({"swept": ("step=1",)}, "did you mean steps"),
+        ({"swept": ("steps",)}, "a field of the sampling, once, and its values"),
+        ({"swept": ("steps=1", "steps=2")}, "a field of the sampling, once, and its values"),
+        ({"split": "none"}, "has no split .none."),
+    ):
         with pytest.raises(UserError, match=reason):
             evaluate(sr, EMOJI, tmp_path / "out", **wrong)  # type: ignore[arg-type]
     assert not (tmp_path / "out").exists()

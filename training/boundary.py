@@ -4,7 +4,7 @@
     their captions -> base -> SR stage -> against the small pictures that the base drew, and real ones
 
 Beside the stage stand interpolation, the round trip of the base's codec (the ceiling of any stage in its latents)
-and other SR cascades; a sweep over level and steps names the best setting.
+and other SR cascades; a sweep over settings names the best.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn.functional import avg_pool2d, interpolate
 from torchmetrics.image.kid import KernelInceptionDistance
 
-from ldm.config import UserError
+from ldm.config import UserError, to_dict
 from ldm.latents import LatentCodec
 from ldm.low_res import DegradationConfig, degrade
 from pipelines.cascade import Cascade
@@ -35,7 +35,7 @@ RESAMPLES = 1000
 KID_SUBSETS = 100
 KID_LEAST = 50  # pictures; below, its spread is larger than what it tells apart
 CONSISTENT_DB = 35.0
-CLOSE = 1.005  # of the least distance: not worth more steps
+CLOSE = 1.01  # of the least distance: not worth more steps
 CODEC_ROWS = 4
 Measures = dict[str, Tensor]
 
@@ -61,12 +61,12 @@ class Held:
     def __len__(self) -> int:
         return len(self.large)
 
-    def spread(self, count: int) -> tuple[Held, list[int]]:
-        """At most so many of them, evenly spread, and which."""
+    def spread(self, count: int) -> Held:
+        """At most so many of them, evenly spread."""
         count = min(count, len(self))
         which = [k * len(self) // count for k in range(count)]
         texts = [self.captions[i] for i in which], [self.groups[i] for i in which]
-        return Held(self.large[which], self.small[which], *texts), which
+        return Held(self.large[which], self.small[which], *texts)
 
 
 def consistency(drawn: Tensor, small: Tensor) -> Tensor:
@@ -151,12 +151,13 @@ def against_truth(cascade: Cascade, stage: Stage, others: dict[str, Cascade], he
     return {name: (pictures, compare(pictures, held, features)) for name, pictures in drawn.items()}
 
 
-def what_counts(cascade: Cascade, stage: Stage, held: Held, drawn: Tensor) -> dict[str, float]:
+def what_counts(cascade: Cascade, stage: Stage, held: Held) -> dict[str, float]:
     """How the result follows each thing the stage is told: mean |difference| of pixels in 1/255 when the text is
     another picture's, when the level is the highest, when the seed is another; and PSNR to the picture whose small
     version was put in place of the right one, beside PSNR to the right one."""
     own, config = cascade.only(stage.config.name), stage.config
     assert config.low_res is not None
+    drawn = draw(own, held)
     high = replace(config.sampling, level=config.low_res.max_level)
     rolled = held.small.roll(1, 0)
     swapped = draw(own, held, small=rolled)
@@ -209,38 +210,40 @@ def kid(drawn: Tensor, real: Tensor, features: Features) -> list[float] | None:
     return [float(mean), float(spread)]
 
 
-def sweep(cascade: Cascade, stage: Stage, held: Held, features: Features, levels: Sequence[float],
-          steps: Sequence[int]) -> list[dict[str, Any]]:  # fmt: skip
-    """Measures on downsamples of real pictures for each level and number of steps."""
+def sweep(cascade: Cascade, stage: Stage, held: Held, features: Features,
+          settings: Sequence[SamplingConfig]) -> list[dict[str, Any]]:  # fmt: skip
+    """Measures on downsamples of real pictures for each setting."""
     own, cells = cascade.only(stage.config.name), []
-    for level in levels:
-        for count in steps:
-            sampling = replace(stage.config.sampling, level=level, steps=count)
-            found = compare(draw(own, held, sampling), held, features)
-            cells.append({"level": level, "steps": count, **intervals(found, held.groups)})
+    for sampling in settings:
+        found = compare(draw(own, held, sampling), held, features)
+        cells.append({"sampling": to_dict(sampling), **intervals(found, held.groups)})
     return cells
 
 
 def best(cells: Sequence[dict[str, Any]], after: Sequence[dict[str, Any]] = ()) -> dict[str, Any]:
-    """Level and steps to draw with, and whether their pictures agree with the small ones to CONSISTENT_DB.
+    """The sampling to draw with, and whether its pictures agree with the small ones to CONSISTENT_DB.
 
-    Steps: of the settings that agree, or of all where none does, the fewest whose distance is within CLOSE of the
-    least. Level: the least of those settings; or of `after`, measures of levels on what a base draws, the one of
-    least KID, where it is more than the spreads below that of the least level: noise is to cover what a base does
-    wrong, and real small pictures have nothing to cover.
+    Of the settings that agree, or of all where none does, the one of fewest network rows a picture whose distance is
+    within CLOSE of the least, and of the least level. Where `after` is given, measures of levels on what a base draws,
+    the level is that of least KID if it is more than the spreads below that of the least level: noise is to cover what
+    a base does wrong, and real small pictures have nothing to cover.
     """
     good = [c for c in cells if c["consistency_db"][0] >= CONSISTENT_DB]
     known = good or list(cells)
     least = min(cell["distance"][0] for cell in known)
-    chosen = min((c for c in known if c["distance"][0] <= CLOSE * least), key=lambda c: (c["steps"], c["level"]))
-    level = chosen["level"]
-    told = [line for line in after if line["kid"] is not None]
-    if told:
-        first = min(told, key=lambda line: line["level"])
-        other = min(told, key=lambda line: line["kid"][0])
+
+    def cost(cell: dict[str, Any]) -> tuple[int, float]:
+        told = cell["sampling"]
+        return told["steps"] * (1 if told["guidance"] == 1 else 2), told["level"]
+
+    sampling = dict(min((c for c in known if c["distance"][0] <= CLOSE * least), key=cost)["sampling"])
+    judged = [line for line in after if line["kid"] is not None]
+    if judged:
+        first = min(judged, key=lambda line: line["level"])
+        other = min(judged, key=lambda line: line["kid"][0])
         apart = first["kid"][0] - other["kid"][0] > first["kid"][1] + other["kid"][1]
-        level = other["level"] if apart else first["level"]
-    return {"level": level, "steps": chosen["steps"], "consistent": bool(good)}
+        sampling["level"] = other["level"] if apart else first["level"]
+    return {"sampling": sampling, "consistent": bool(good)}
 
 
 def shown(small: Tensor, scale: int) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from ldm.weights import write_json
 from pipelines.cascade import Cascade, load_cascade
 from pipelines.generate import check_out
 from pipelines.images import grid, save_png, to_uint8
-from pipelines.stage import Stage, StageConfig
+from pipelines.stage import SamplingConfig, Stage, StageConfig
 from training.boundary import (
     Held,
     after_base,
@@ -39,15 +40,16 @@ UNITS = {"psnr_db": "PSNR, dB", "distance": "LPIPS-type distance (efflite0)", "c
 
 def evaluate(model: str | Path, data: str | Path, out: str | Path, stage: str | None = None, pictures: int = 96,
              split: str | None = "combos", stride: int | None = None, against: Sequence[str | Path] = (),
-             levels: Sequence[float] = (0.0,), steps: Sequence[int] = (1, 2, 4, 8), sweep_pictures: int = 32,
-             tiled: int = 0, save: bool = False, overwrite: bool = False, device: str | None = None,
+             swept: Sequence[str] = ("steps=1,2,4,8",), sweep_pictures: int = 32, tiled: int = 0,
+             save: bool = False, overwrite: bool = False, device: str | None = None,
              tell: Callable[[str], None] = lambda line: None) -> Path:  # fmt: skip
     """Measure an SR stage of the cascade `model` on held-out pictures of `data`; returns OUT/report.json.
 
     pictures: how many, evenly spread over the split; stride: of data without splits, as its training held it out.
-    against: other SR cascades to stand beside it. levels, steps: of the sweep, on `sweep_pictures` of them; save:
-    keep its best setting as the stage's default. tiled: how many of the large pictures to enlarge in tiles and at
-    once. device: None is the GPU where there is one.
+    against: other SR cascades to stand beside it. swept: fields of the stage's sampling with their values, such as
+    "level=0,0.1", every combination of which is measured on `sweep_pictures` of them; save: keep the best as the
+    stage's default. tiled: how many of the large pictures to enlarge in tiles and at once. device: None is the GPU
+    where there is one.
     Raises UserError where model, data or settings do not fit together.
     """
     prepare_process()
@@ -57,8 +59,7 @@ def evaluate(model: str | Path, data: str | Path, out: str | Path, stage: str | 
     chosen = sr_stage(cascade, stage)
     config = chosen.config.low_res
     assert config is not None
-    for setting in (*(f"level={level}" for level in levels), *(f"steps={count}" for count in steps)):
-        cascade.sampling(overrides=[f"{chosen.config.name}.{setting}"])
+    settings = _settings(cascade, chosen, swept)
     others = {str(folder): _peer(folder, chosen, device) for folder in against}
     reader = Reader(DataConfig(path=str(data), split=split, size_px=chosen.config.resolution_px))
     held = _held(reader.hold_out(stride)[1] if stride else reader, pictures, config.scale)
@@ -71,31 +72,46 @@ def evaluate(model: str | Path, data: str | Path, out: str | Path, stage: str | 
     found = against_truth(cascade, chosen, others, held, features)
     report["ground_truth"] = {name: intervals(measures, held.groups) for name, (_, measures) in found.items()}
     _tell_table(report["ground_truth"], tell)
-    few, which = held.spread(sweep_pictures)
-    report["what_counts"] = what_counts(cascade, chosen, few, found[chosen.config.name][0][which])
+    few = held.spread(sweep_pictures)
+    report["what_counts"] = what_counts(cascade, chosen, few)
     tell("; ".join(f"{name} {value:.3g}" for name, value in report["what_counts"].items()))
-    cells = report["sweep"] = sweep(cascade, chosen, few, features, levels, steps)
+    cells = report["sweep"] = sweep(cascade, chosen, few, features, settings)
     columns = {"small": shown(held.small, config.scale), **{name: p for name, (p, _) in found.items()},
                "truth": held.large}  # fmt: skip
     after: list[dict[str, Any]] = []
     if cascade.stages[0].config.low_res is None:
-        settings = [replace(chosen.config.sampling, level=level, steps=best(cells)["steps"]) for level in levels]
-        drawn, after = after_base(cascade, chosen, held, features, settings)
+        levels = dict.fromkeys(setting.level for setting in settings)
+        tried = [SamplingConfig(**{**best(cells)["sampling"], "level": level}) for level in levels]
+        drawn, after = after_base(cascade, chosen, held, features, tried)
         columns["base"] = shown(drawn[0], config.scale)
-        columns.update({f"level {s.level}": p for s, p in zip(settings, drawn[1:], strict=True)})
+        columns.update({f"level {s.level}": p for s, p in zip(tried, drawn[1:], strict=True)})
         for line in after:
             tell("after the base: " + "  ".join(f"{name} {value}" for name, value in line.items()))
     report["after_base"], report["best"] = after, best(cells, after)
-    tell("best setting: level {level}, {steps} steps; consistent: {consistent}".format(**report["best"]))
+    told = ", ".join(f"{name} {value}" for name, value in report["best"]["sampling"].items())
+    tell(f"best setting: {told}; consistent: {report['best']['consistent']}")
     if tiled:
-        small, _ = held.spread(tiled)
+        small = held.spread(tiled)
         report["tiled"] = tiled_against_whole(cascade, chosen, small.large, small.captions)
         tell("tiled: " + "  ".join(f"{name} {value}" for name, value in report["tiled"].items()))
     report["columns"] = list(columns)
     path = _write(Path(out), report, columns)
     if save:
-        keep(Path(model), chosen.config, report["best"])
+        keep(Path(model), chosen.config, SamplingConfig(**report["best"]["sampling"]))
     return path
+
+
+def _settings(cascade: Cascade, stage: Stage, swept: Sequence[str]) -> list[SamplingConfig]:
+    """The stage's sampling with every combination of "FIELD=VALUE,VALUE...". Raises UserError for what it cannot
+    have."""
+    axes: dict[str, list[str]] = {}
+    for axis in swept:
+        name, mark, values = axis.partition("=")
+        if not mark or name in axes or not all(values.split(",")):
+            raise UserError(f"--sweep {axis!a}: a field of the sampling, once, and its values, such as steps=1,2,4")
+        axes[name] = [f"{stage.config.name}.{name}={value}" for value in values.split(",")]
+    place = cascade.stages.index(stage)
+    return [cascade.sampling(overrides=chosen)[place] for chosen in product(*axes.values())]
 
 
 def _held(reader: Reader, pictures: int, scale: int) -> Held:
@@ -135,9 +151,8 @@ def _write(out: Path, report: dict[str, Any], columns: dict[str, Tensor]) -> Pat
     return out / "report.json"
 
 
-def keep(model: Path, config: StageConfig, setting: dict[str, Any]) -> None:
-    """Make a setting the default of a stage, in its stage.json."""
-    sampling = replace(config.sampling, level=setting["level"], steps=setting["steps"])
+def keep(model: Path, config: StageConfig, sampling: SamplingConfig) -> None:
+    """Make a sampling the default of a stage, in its stage.json."""
     file = model / config.name / "stage.json"
     partial = file.with_name("stage.json.tmp")
     write_json(partial, to_dict(replace(config, sampling=sampling)))
@@ -145,19 +160,24 @@ def keep(model: Path, config: StageConfig, setting: dict[str, Any]) -> None:
 
 
 def _draw(cells: Sequence[dict[str, Any]], path: Path) -> None:
-    """Curves of each measure over steps, one per level, with their intervals."""
+    """Curves of each measure over steps, one per setting of the rest, with their intervals."""
     from matplotlib.figure import Figure  # takes a second
 
+    plain = [cell["sampling"] for cell in cells]
+    swept = [name for name in plain[0] if name != "steps" and any(told[name] != plain[0][name] for told in plain)]
+    curves: dict[str, list[dict[str, Any]]] = {}
+    for cell in sorted(cells, key=lambda cell: cell["sampling"]["steps"]):
+        curves.setdefault(", ".join(f"{name} {cell['sampling'][name]}" for name in swept), []).append(cell)
     figure = Figure(figsize=(12, 3.6), layout="constrained")
     for axes, (name, label) in zip(figure.subplots(1, len(UNITS)), UNITS.items(), strict=True):
-        for level in dict.fromkeys(cell["level"] for cell in cells):
-            own = [cell for cell in cells if cell["level"] == level]
+        for curve, own in curves.items():
             means = [cell[name][0] for cell in own]
             spans = [[max(0.0, m - cell[name][1]) for m, cell in zip(means, own, strict=True)],
                      [max(0.0, cell[name][2] - m) for m, cell in zip(means, own, strict=True)]]  # fmt: skip
-            axes.errorbar([cell["steps"] for cell in own], means, yerr=spans, marker="o", label=f"level {level:g}")
+            axes.errorbar([cell["sampling"]["steps"] for cell in own], means, yerr=spans, marker="o", label=curve)
         axes.set_xlabel("steps")
         axes.set_title(label)
         axes.set_xscale("log", base=2)
-    axes.legend()
+    if swept:
+        axes.legend()
     figure.savefig(path, dpi=100)
