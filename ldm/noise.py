@@ -15,12 +15,15 @@ from typing import Literal
 
 import torch
 from torch import Tensor
+from torch.nn.functional import logsigmoid
 
 from ldm.config import Config
 
 _COSINE_OFFSET = 0.008
 _COSINE_MAX_BETA = 0.999
 _FLOW_T_MARGIN = 1e-4
+_LOG_SNR_END = 10.0  # of grids, where a schedule has no end of its own
+_KARRAS_RHO = 7.0
 
 
 @dataclass(frozen=True)
@@ -89,6 +92,16 @@ class NoiseSchedule:
         """2 log(alpha_t / sigma_t), float64, shaped like `t`: +inf at t = 0, -inf where alpha is 0."""
         alpha, sigma = self.alpha_sigma(t)
         return 2 * (alpha.log() - sigma.log())
+
+    def time_of(self, log_snr: Tensor) -> Tensor:
+        """The t of a log-SNR, the inverse of `log_snr`: float64, shaped like it; beyond t = 1, 1."""
+        log_snr = log_snr.double()
+        if not self.discrete:
+            return torch.sigmoid(-log_snr / 2)
+        table = self._log_abar.to(log_snr.device)
+        log_abar = logsigmoid(log_snr).clamp(min=float(table[-1]))
+        k = (torch.searchsorted(-table, -log_abar, right=True) - 1).clamp(0, self.steps - 1)
+        return (k + (log_abar - table[k]) / (table[k + 1] - table[k])) / self.steps
 
     def network_time(self, t: Tensor) -> Tensor:
         """What the time embedding gets, float32: diffusers' timestep k if discrete, t T for flow."""
@@ -170,3 +183,37 @@ def uniform_grid(steps: int, schedule: NoiseSchedule) -> Tensor:
         raise ValueError(f"the schedule has {schedule.steps} steps, a grid of {steps} would repeat some")
     nearest = [(2 * i * schedule.steps + steps) // (2 * steps) for i in range(steps, -1, -1)]
     return torch.tensor(nearest, dtype=torch.float64) / schedule.steps
+
+
+def log_snr_grid(steps: int, schedule: NoiseSchedule) -> Tensor:
+    """Times evenly spaced in log-SNR (Lu et al. 2022): (steps + 1,) float64, decreasing from 1 to 0.
+
+    From t = 1 to the first step of a discrete schedule, and then to 0; without discrete steps, or where log-SNR is
+    infinite at t = 1, between log-SNR of -10 and 10. Times lie between the discrete steps. ValueError if `steps` is
+    below 1.
+    """
+    low, high = _log_snr_ends(schedule)
+    return _between_ends(torch.linspace(low, high, max(steps, 1), dtype=torch.float64), steps, schedule)
+
+
+def karras_grid(steps: int, schedule: NoiseSchedule) -> Tensor:
+    """As `log_snr_grid`, but evenly spaced in (sigma / alpha)^(1/7) (Karras et al. 2022, eq. 5)."""
+    low, high = (math.exp(-end / 2 / _KARRAS_RHO) for end in _log_snr_ends(schedule))
+    roots = torch.linspace(low, high, max(steps, 1), dtype=torch.float64)
+    return _between_ends(-2 * _KARRAS_RHO * roots.log(), steps, schedule)
+
+
+def _log_snr_ends(schedule: NoiseSchedule) -> tuple[float, float]:
+    first = torch.tensor([1 / schedule.steps if schedule.discrete else 0.0, 1.0], dtype=torch.float64)
+    high, low = schedule.log_snr(first).tolist()
+    return (low if math.isfinite(low) else -_LOG_SNR_END), (high if math.isfinite(high) else _LOG_SNR_END)
+
+
+def _between_ends(log_snr: Tensor, steps: int, schedule: NoiseSchedule) -> Tensor:
+    if steps < 1:
+        raise ValueError(f"a grid needs at least 1 step, not {steps}")
+    inner = schedule.time_of(log_snr[1:])
+    return torch.cat([inner.new_ones(1), inner, inner.new_zeros(1)])
+
+
+GRIDS = {"uniform": uniform_grid, "log_snr": log_snr_grid, "karras": karras_grid}

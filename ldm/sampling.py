@@ -10,6 +10,7 @@ ends at 0, the result is the last x0.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from typing import Protocol
 
@@ -133,4 +134,174 @@ def dpmpp_2m(
     return x
 
 
-SAMPLERS: dict[str, Sampler] = {"ddpm": ddpm, "ddim": ddim, "dpmpp_2m": dpmpp_2m}
+@torch.no_grad()
+def heun(
+    predict: Predict,
+    x: Tensor,
+    grid: Tensor,
+    noise: Noise,
+    *,
+    schedule: NoiseSchedule,
+    churn: float = 0.0,
+    churn_range: tuple[float, float] = (0.0, math.inf),
+    churn_noise: float = 1.0,
+    second_order: bool = True,
+    on_step: OnStep | None = None,
+) -> Tensor:
+    """Karras et al. 2022 (EDM), Algorithm 2: Heun's method on dx/dsigma of x / alpha, with churn.
+
+    The variable is their sigma, here sigma_t / alpha_t. `churn` is S_churn, `churn_range` (S_tmin, S_tmax),
+    `churn_noise` S_noise; without churn the result is deterministic. Two network calls a step but for the last,
+    and for the first where alpha is 0 and their sigma infinite: those are Euler steps, as all are without
+    `second_order`. Churn never goes beyond t = 1. ValueError for a negative churn.
+    """
+    if churn < 0:
+        raise ValueError(f"churn must not be negative, not {churn}")
+    count = len(grid) - 1
+    for t, s in _steps(x, grid, on_step):
+        if churn > 0:
+            x, t = _churned(x, t, noise, schedule, min(churn / count, math.sqrt(2) - 1), churn_range, churn_noise)
+        prediction = predict(x, t)
+        alpha_s, sigma_s = schedule.alpha_sigma(s)
+        alpha_t, sigma_t = schedule.alpha_sigma(t)
+        x = per_item(alpha_s, x) * prediction.x0 + per_item(sigma_s, x) * prediction.eps
+        if second_order and s[0] > 0 and alpha_t[0] > 0:
+            # eps is dx/dsigma: half a step back along the first slope, and along the second instead
+            half = alpha_s * (sigma_s / alpha_s - sigma_t / alpha_t) / 2
+            x = x + per_item(half, x) * (predict(x, s).eps - prediction.eps)
+    return x
+
+
+def _churned(
+    x: Tensor,
+    t: Tensor,
+    noise: Noise,
+    schedule: NoiseSchedule,
+    gamma: float,
+    span: tuple[float, float],
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """Noise added to x at t until sigma / alpha is 1 + gamma times as much, and the time of that."""
+    alpha, sigma = schedule.alpha_sigma(t)
+    if alpha[0] == 0 or t[0] == 1 or not span[0] <= float(sigma[0] / alpha[0]) <= span[1]:
+        return x, t
+    raised = schedule.time_of(schedule.log_snr(t) - 2 * math.log1p(gamma))
+    alpha_up, sigma_up = schedule.alpha_sigma(raised)
+    added = ((sigma_up / alpha_up) ** 2 - (sigma / alpha) ** 2).clamp(min=0).sqrt()
+    return per_item(alpha_up / alpha, x) * x + per_item(scale * alpha_up * added, x) * noise(x), raised
+
+
+@torch.no_grad()
+def euler(
+    predict: Predict,
+    x: Tensor,
+    grid: Tensor,
+    noise: Noise,
+    *,
+    schedule: NoiseSchedule,
+    churn: float = 0.0,
+    churn_range: tuple[float, float] = (0.0, math.inf),
+    churn_noise: float = 1.0,
+    on_step: OnStep | None = None,
+) -> Tensor:
+    """Euler's method on the same equation as `heun`, with its churn; without churn it is `ddim` with eta 0."""
+    return heun(
+        predict, x, grid, noise, schedule=schedule, churn=churn, churn_range=churn_range, churn_noise=churn_noise,
+        second_order=False, on_step=on_step,
+    )  # fmt: skip
+
+
+@torch.no_grad()
+def dpmpp_2m_sde(
+    predict: Predict,
+    x: Tensor,
+    grid: Tensor,
+    noise: Noise,
+    *,
+    schedule: NoiseSchedule,
+    on_step: OnStep | None = None,
+) -> Tensor:
+    """SDE-DPM-Solver++(2M), Lu et al. 2022 (arXiv 2211.01095), eq. 19 with the correction of `dpmpp_2m`.
+
+    The first step and the one to t = 0 are of first order; where alpha_t = 0 as there.
+    """
+    previous: tuple[Tensor, Tensor] | None = None
+    for t, s in _steps(x, grid, on_step):
+        x0 = predict(x, t).x0
+        alpha_s, sigma_s = schedule.alpha_sigma(s)
+        _, sigma_t = schedule.alpha_sigma(t)
+        h = (schedule.log_snr(s) - schedule.log_snr(t)) / 2
+        extrapolated = x0
+        if previous is not None and s[0] > 0:
+            x0_before, h_before = previous
+            extrapolated = x0 + per_item(h / (2 * h_before), x) * (x0 - x0_before)
+        x = per_item(sigma_s / sigma_t * torch.exp(-h), x) * x
+        x = x - per_item(alpha_s * torch.expm1(-2 * h), x) * extrapolated
+        if s[0] > 0:
+            x = x + per_item(sigma_s * torch.sqrt(-torch.expm1(-2 * h)), x) * noise(x)
+        previous = x0, h
+    return x
+
+
+@torch.no_grad()
+def unipc(
+    predict: Predict,
+    x: Tensor,
+    grid: Tensor,
+    noise: Noise,
+    *,
+    schedule: NoiseSchedule,
+    on_step: OnStep | None = None,
+) -> Tensor:
+    """UniPC-2 with B(h) = e^h - 1 on x0, Zhao et al. 2023 (arXiv 2302.04867), Algorithms 5 and 6: deterministic.
+
+    Each prediction also corrects the x it was made at, without another call of the network. The first step and the
+    one to t = 0 are of lower order. `noise` is not used.
+    """
+    known: list[tuple[Tensor, Tensor]] = []  # (x0, log(alpha / sigma)) of the last two times
+    before: tuple[Tensor, Tensor] | None = None  # the last step's (x, t)
+    for t, s in _steps(x, grid, on_step):
+        here = predict(x, t).x0, schedule.log_snr(t) / 2
+        if before is not None:
+            x = _unipc_step(*before, t, known, schedule, here)
+        known = [*known[-1:], here]
+        before = x, t
+        x = _unipc_step(x, t, s, known if s[0] > 0 else known[-1:], schedule)
+    return x
+
+
+def _unipc_step(
+    x: Tensor,
+    t: Tensor,
+    s: Tensor,
+    known: list[tuple[Tensor, Tensor]],
+    schedule: NoiseSchedule,
+    there: tuple[Tensor, Tensor] | None = None,
+) -> Tensor:
+    """From t to s by the predictions up to t, the newest last, and by that at s where it is known already."""
+    alpha_s, sigma_s = schedule.alpha_sigma(s)
+    _, sigma_t = schedule.alpha_sigma(t)
+    x0, half_log_snr = known[-1]
+    h = schedule.log_snr(s) / 2 - half_log_snr
+    b = torch.expm1(-h)
+    slope = torch.zeros_like(x)
+    # how much of the step the prediction at s corrects, and that before t
+    at_s = torch.full_like(h, 0.5)
+    if len(known) == 2:
+        ratio = (known[0][1] - half_log_snr) / h
+        difference = (known[0][0] - x0) / per_item(ratio, x)
+        phi_2 = -b / h - 1
+        phi_3 = -phi_2 / h - 0.5
+        moments = phi_2 / b, 2 * phi_3 / b
+        behind = torch.full_like(h, 0.5) if there is None else (moments[0] - moments[1]) / (1 - ratio)
+        at_s = moments[0] - behind
+        slope = per_item(behind, x) * difference
+    if there is not None:
+        slope = slope + per_item(at_s, x) * (there[0] - x0)
+    return per_item(sigma_s / sigma_t, x) * x - per_item(alpha_s * b, x) * (x0 + slope)
+
+
+SAMPLERS: dict[str, Sampler] = {
+    "ddpm": ddpm, "ddim": ddim, "euler": euler, "heun": heun, "dpmpp_2m": dpmpp_2m, "dpmpp_2m_sde": dpmpp_2m_sde,
+    "unipc": unipc,
+}  # fmt: skip

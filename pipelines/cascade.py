@@ -24,7 +24,7 @@ from ldm.conditioning import Conditioning
 from ldm.config import Config, UserError, apply_override, parse, to_dict
 from ldm.denoiser import Denoiser
 from ldm.models.unet import build_unet
-from ldm.noise import NoiseSchedule, uniform_grid
+from ldm.noise import GRIDS, NoiseSchedule
 from ldm.text import TextConfig, TextEncoder, load_text_encoder
 from ldm.weights import (
     NETWORK_FILE,
@@ -115,7 +115,7 @@ class Cascade:
             found.append(parse(SamplingConfig, values, place))
             try:
                 replace(stage.config, sampling=found[-1])
-                uniform_grid(found[-1].steps, stage.denoiser.schedule)
+                GRIDS[found[-1].grid](found[-1].steps, stage.denoiser.schedule)
             except ValueError as error:
                 raise UserError(f"{place}: {error}") from None
         return found

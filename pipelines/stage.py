@@ -25,7 +25,7 @@ from ldm.guidance import ClassifierFreeGuidance
 from ldm.latents import Normalisation
 from ldm.low_res import NULL_LEVEL, LowResConfig, condition_low_res, enlarge, local_contrast
 from ldm.models.unet import UNetConfig, build_unet
-from ldm.noise import NoiseSchedule, NoiseScheduleConfig, uniform_grid
+from ldm.noise import GRIDS, NoiseSchedule, NoiseScheduleConfig
 from ldm.sampling import SAMPLERS
 from ldm.weights import Codec
 from pipelines.tiles import Window, blended, windows
@@ -42,10 +42,12 @@ class SamplingConfig(Config):
     """How a stage is sampled. guidance is w of classifier-free guidance, 1 for none, against the null of what
     `guided` names: the text, an SR stage's small picture, or both. level: of the noise added to that picture.
 
+    grid: what times are evenly spaced in: t, log-SNR, or a power of sigma / alpha (`ldm.noise.GRIDS`).
     rows: pictures per network call, whatever the batch: other shapes give other last bits.
     """
 
-    sampler: Literal["ddpm", "ddim", "dpmpp_2m"] = "dpmpp_2m"
+    sampler: Literal["ddpm", "ddim", "euler", "heun", "dpmpp_2m", "dpmpp_2m_sde", "unipc"] = "dpmpp_2m"
+    grid: Literal["uniform", "log_snr", "karras"] = "uniform"
     steps: int = 20
     guidance: float = 3.0
     rows: int = 4
@@ -240,7 +242,7 @@ class Stage:
             return torch.stack([torch.randn(like.shape[1:], generator=g) for g in generators]).to(like)
 
         schedule = self.denoiser.schedule
-        times = uniform_grid(sampling.steps, schedule)
+        times = GRIDS[sampling.grid](sampling.steps, schedule)
         scale = schedule.alpha_sigma(times[:1])[1].float().to(self.device)
         x = scale * self._noise("start", seeds, (self.config.latent_channels, *grid))
         return SAMPLERS[sampling.sampler](predict, x, times, noise, schedule=schedule, on_step=on_step)

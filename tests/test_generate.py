@@ -96,7 +96,7 @@ def test_pictures_differ_and_are_not_flat(four: Path) -> None:
 def test_recipe_is_what_makes_the_picture_and_nothing_else(four: Path, tiny_folder: Path) -> None:
     recipe = read_recipe(four / "0001.png")
     cascade = load_cascade(tiny_folder)
-    stage = {"name": "base", "sampler": "dpmpp_2m", "steps": 3, "guidance": 3.0, "rows": 2}
+    stage = {"name": "base", "sampler": "dpmpp_2m", "grid": "uniform", "steps": 3, "guidance": 3.0, "rows": 2}
     assert recipe == {"prompt": PROMPT, "seed": 8, "model": cascade.digest, "stages": [stage]}
     with Image.open(four / "0001.png") as image:
         assert list(image.info) == [RECIPE_KEY]  # no time, no software
