@@ -54,8 +54,8 @@ class LowResConfig(Config):
             raise ValueError(f"scale must be from 2 to 16, not {self.scale}")
         if not 0 <= self.max_level < NULL_LEVEL:
             raise ValueError(f"max_level must be from 0 to below 1, not {self.max_level}")
-        if self.levels.kind == "flow":
-            raise ValueError("levels must be a schedule with alpha above 0: linear, scaled_linear or cosine")
+        if self.levels.ends_in_noise:
+            raise ValueError("levels must be a schedule with alpha above 0, not flow or one with zero_terminal")
 
     def channels(self, factor: int) -> int:
         """Channels of `condition_low_res` for a codec of `factor` pixels per latent cell."""

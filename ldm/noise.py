@@ -1,8 +1,9 @@
 """The forward process x_t = alpha_t x0 + sigma_t eps, its schedules, posterior, times for training and grids.
 
 t is float64 in [0, 1]: 0 is clean data (alpha 1, sigma 0), 1 the noisiest. Step k = 0 .. T-1 of a discrete
-DDPM schedule lies at t = (k + 1) / T; between those points log(abar) is linear in t. Every schedule quantity
-is computed in float64 and used in the dtype of the tensor it multiplies, float32 at least.
+DDPM schedule lies at t = (k + 1) / T; between those points log(abar) is linear in t (alpha, in a last step
+to 0). Every schedule quantity is computed in float64 and used in the dtype of the tensor it multiplies, float32 at
+least.
 
 B batch, T steps of a discrete schedule; x, x0, eps are (B, C, *grid), t and s are (B,).
 """
@@ -20,7 +21,7 @@ from torch.nn.functional import logsigmoid
 from ldm.config import Config
 
 _COSINE_OFFSET = 0.008
-_COSINE_MAX_BETA = 0.999
+_MAX_BETA = 0.999
 _FLOW_T_MARGIN = 1e-4
 _LOG_SNR_END = 10.0  # of grids, where a schedule has no end of its own
 _KARRAS_RHO = 7.0
@@ -31,19 +32,32 @@ class NoiseScheduleConfig(Config):
     """Which schedule. `beta_start` and `beta_end` are read by `linear` and `scaled_linear` only.
 
     linear: Ho et al. 2020; scaled_linear: Stable Diffusion (linear in sqrt(beta)); cosine: Nichol & Dhariwal
-    2021, eq. 17; flow: alpha = 1 - t, sigma = t (Lipman et al. 2023, Liu et al. 2023).
+    2021, eq. 17; sigmoid: Jabri et al. 2022, from -3 to 3; flow: alpha = 1 - t, sigma = t (Lipman et
+    al. 2023, Liu et al. 2023). zero_terminal: a discrete schedule rescaled to end in pure noise (Lin et al. 2024,
+    Algorithm 1). shift: of a flow's t, for resolutions above that of its training (Esser et al. 2024, eq. 23).
     """
 
-    kind: Literal["linear", "scaled_linear", "cosine", "flow"] = "cosine"
+    kind: Literal["linear", "scaled_linear", "cosine", "sigmoid", "flow"] = "cosine"
     steps: int = 1000
     beta_start: float = 1e-4
     beta_end: float = 0.02
+    zero_terminal: bool = False
+    shift: float = 1.0
 
     def __post_init__(self) -> None:
         if self.steps < 1:
             raise ValueError(f"steps must be at least 1, not {self.steps}")
         if not 0 < self.beta_start <= self.beta_end < 1:
             raise ValueError(f"betas must rise within (0, 1), not from {self.beta_start} to {self.beta_end}")
+        if self.shift <= 0 or (self.shift != 1 and self.kind != "flow"):
+            raise ValueError(f"shift must be positive, and 1 for all but flow, not {self.shift}")
+        if self.zero_terminal and (self.kind == "flow" or self.steps < 2):
+            raise ValueError("zero_terminal is of discrete schedules of 2 steps or more; flow ends in noise anyway")
+
+    @property
+    def ends_in_noise(self) -> bool:
+        """Whether alpha is 0 at t = 1, so that eps does not determine x0 there."""
+        return self.zero_terminal or self.kind == "flow"
 
 
 def _betas(config: NoiseScheduleConfig) -> Tensor:
@@ -55,8 +69,19 @@ def _betas(config: NoiseScheduleConfig) -> Tensor:
     if config.kind == "cosine":
         u = torch.arange(steps + 1, dtype=torch.float64) / steps
         f = torch.cos((u + _COSINE_OFFSET) / (1 + _COSINE_OFFSET) * math.pi / 2) ** 2
-        return (1 - f[1:] / f[:-1]).clamp(max=_COSINE_MAX_BETA)
+        return (1 - f[1:] / f[:-1]).clamp(max=_MAX_BETA)
+    if config.kind == "sigmoid":
+        u = torch.arange(steps + 1, dtype=torch.float64) / steps
+        f = torch.sigmoid(3 - 6 * u) - torch.sigmoid(u.new_tensor(-3.0))
+        return (1 - f[1:] / f[:-1]).clamp(max=_MAX_BETA)
     raise ValueError(f"{config.kind!r} has no betas")
+
+
+def _zero_terminal(log_abar: Tensor) -> Tensor:
+    """(T,) log(abar) moved and stretched in alpha so that its last is log 0 and its first stays."""
+    alpha = torch.exp(log_abar / 2)
+    moved = (alpha - alpha[-1]) * (alpha[0] / (alpha[0] - alpha[-1]))
+    return 2 * moved.log()
 
 
 class NoiseSchedule:
@@ -68,6 +93,8 @@ class NoiseSchedule:
         self.discrete = config.kind != "flow"
         if self.discrete:
             log_abar = torch.log1p(-_betas(config)).cumsum(0)
+            if config.zero_terminal:
+                log_abar = _zero_terminal(log_abar)
             self._log_abar = torch.cat([log_abar.new_zeros(1), log_abar])  # (T + 1,): entry k is at t = k / T
 
     @property
@@ -81,11 +108,15 @@ class NoiseSchedule:
         """(alpha_t, sigma_t), float64, both shaped like `t`."""
         t = t.double()
         if not self.discrete:
-            return 1 - t, t
+            sigma = self.config.shift * t / (1 + (self.config.shift - 1) * t)
+            return 1 - sigma, sigma
         table = self._log_abar.to(t.device)
         position = t * self.steps
         k = position.long().clamp(0, self.steps - 1)
-        log_abar = table[k] + (position - k) * (table[k + 1] - table[k])
+        share = position - k
+        log_abar = table[k] + share * (table[k + 1] - table[k])
+        if self.config.zero_terminal:  # the last step goes to log 0: alpha itself is linear there
+            log_abar = torch.where(k == self.steps - 1, table[k] + 2 * torch.log1p(-share), log_abar)
         return torch.exp(log_abar / 2), torch.sqrt(-torch.expm1(log_abar))
 
     def log_snr(self, t: Tensor) -> Tensor:
@@ -97,15 +128,21 @@ class NoiseSchedule:
         """The t of a log-SNR, the inverse of `log_snr`: float64, shaped like it; beyond t = 1, 1."""
         log_snr = log_snr.double()
         if not self.discrete:
-            return torch.sigmoid(-log_snr / 2)
+            sigma = torch.sigmoid(-log_snr / 2)
+            return sigma / (self.config.shift - (self.config.shift - 1) * sigma)
         table = self._log_abar.to(log_snr.device)
         log_abar = logsigmoid(log_snr).clamp(min=float(table[-1]))
         k = (torch.searchsorted(-table, -log_abar, right=True) - 1).clamp(0, self.steps - 1)
-        return (k + (log_abar - table[k]) / (table[k + 1] - table[k])) / self.steps
+        share = (log_abar - table[k]) / (table[k + 1] - table[k])
+        if self.config.zero_terminal:
+            share = torch.where(k == self.steps - 1, -torch.expm1((log_abar - table[k]) / 2), share)
+        return (k + share) / self.steps
 
     def network_time(self, t: Tensor) -> Tensor:
-        """What the time embedding gets, float32: diffusers' timestep k if discrete, t T for flow."""
-        return (t.double() * self.steps - (1 if self.discrete else 0)).float()
+        """What the time embedding gets, float32: diffusers' timestep k if discrete, sigma T for flow."""
+        if self.discrete:
+            return (t.double() * self.steps - 1).float()
+        return (self.alpha_sigma(t)[1] * self.steps).float()
 
     def draw_t(self, u: Tensor) -> Tensor:
         """Uniform u in [0, 1) -> t for training, float64, shaped like `u`.

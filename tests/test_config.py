@@ -327,3 +327,11 @@ def test_half_precision_on_a_cpu_without_it_is_refused_with_the_reason(
     check_precision(replace(config, mixed_precision="bf16"), torch.device("cpu"))
     with pytest.raises(UserError):
         check_precision(replace(config, mixed_precision="fp16"), torch.device("cpu"))
+
+
+@pytest.mark.parametrize("ending", ["schedule.kind=flow", "schedule.zero_terminal=true"])
+def test_eps_is_refused_where_it_says_nothing_of_x0(file: Path, ending: str) -> None:
+    (line,) = refusal(file, DIFFUSION, [ending, "denoiser.target=eps"])
+    assert "eps does not determine x0 at t = 1" in line
+    file.write_text(DIFFUSION)
+    load(RunConfig, file, [ending, "denoiser.target=v"])

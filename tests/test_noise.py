@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,7 +19,8 @@ from ldm.noise import (
     uniform_grid,
 )
 
-DISCRETE = ("linear", "scaled_linear", "cosine")
+DISCRETE = ("linear", "scaled_linear", "cosine", "sigmoid")
+OF_DIFFUSERS = ("linear", "scaled_linear", "cosine")
 ALL = (*DISCRETE, "flow")
 DIFFUSERS_NAME = {"linear": "linear", "scaled_linear": "scaled_linear", "cosine": "squaredcos_cap_v2"}
 
@@ -44,7 +46,7 @@ def gaussian(*shape: int, seed: int = 1) -> torch.Tensor:
     return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
 
 
-@pytest.mark.parametrize("kind", DISCRETE)
+@pytest.mark.parametrize("kind", OF_DIFFUSERS)
 def test_betas_are_those_of_diffusers(kind: str) -> None:
     """Per-step betas: only diffusers' float32 rounding of each one is left, not that of a product."""
     scheduler = DDPMScheduler(num_train_timesteps=1000, beta_schedule=DIFFUSERS_NAME[kind])
@@ -93,6 +95,49 @@ def test_ends_and_log_snr(kind: str) -> None:
     torch.testing.assert_close(log_snr[1:-1], torch.log(alpha**2 / sigma**2), rtol=1e-11, atol=1e-11)
 
 
+def test_sigmoid_abar_is_the_published_function() -> None:
+    """The listing of Chen 2023 ("On the importance of noise scheduling"), in plain Python, until the cap on beta."""
+
+    def sigmoid(x: float) -> float:
+        return 1 / (1 + math.exp(-x))
+
+    abar = make("sigmoid").abar
+    for k in range(0, 990, 11):
+        t = (k + 1) / 1000
+        wanted = (sigmoid(3) - sigmoid(t * 6 - 3)) / (sigmoid(3) - sigmoid(-3))
+        assert float(abar[k]) == pytest.approx(wanted, rel=1e-9)
+
+
+@pytest.mark.parametrize("kind", DISCRETE)
+def test_zero_terminal_is_that_of_diffusers(kind: str) -> None:
+    """diffusers' rescaling of the betas, given ours; its float32 leaves a few of 1e-7."""
+    from diffusers.schedulers.scheduling_ddim import rescale_zero_terminal_snr
+
+    plain = torch.cat([torch.ones(1, dtype=torch.float64), make(kind).abar])
+    betas = rescale_zero_terminal_snr(1 - plain[1:] / plain[:-1])
+    schedule = NoiseSchedule(NoiseScheduleConfig(kind=kind, zero_terminal=True))
+    torch.testing.assert_close(schedule.abar, (1 - betas).cumprod(0), rtol=1e-9, atol=1e-12)
+    alpha, sigma = schedule.alpha_sigma(torch.linspace(0, 1, 4001, dtype=torch.float64))
+    assert (alpha[-1], sigma[-1]) == (0, 1)
+    assert bool((alpha.diff() < 0).all())
+    torch.testing.assert_close(alpha**2 + sigma**2, torch.ones_like(alpha), rtol=1e-12, atol=0)
+    middle = schedule.alpha_sigma(torch.tensor([0.9995], dtype=torch.float64))[0]
+    assert float(middle**2) == pytest.approx(float(schedule.abar[-2]) / 4, rel=1e-9)
+
+
+@pytest.mark.parametrize("shift", [0.5, 1.0, 3.0])
+def test_a_shifted_flow_is_that_of_diffusers(shift: float) -> None:
+    from diffusers import FlowMatchEulerDiscreteScheduler
+
+    schedule = NoiseSchedule(NoiseScheduleConfig(kind="flow", shift=shift))
+    theirs = FlowMatchEulerDiscreteScheduler(shift=shift)
+    u = torch.arange(1, 1001, dtype=torch.float64) / 1000
+    alpha, sigma = schedule.alpha_sigma(u)
+    torch.testing.assert_close(sigma.float(), theirs.sigmas.flip(0), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(alpha + sigma, torch.ones_like(u), rtol=1e-12, atol=0)
+    torch.testing.assert_close(schedule.network_time(u), theirs.timesteps.flip(0), rtol=1e-5, atol=1e-3)
+
+
 def test_flow_is_a_straight_line_without_a_table() -> None:
     schedule, t = make("flow"), torch.linspace(0, 1, 11, dtype=torch.float64)
     assert torch.equal(schedule.alpha_sigma(t)[0], 1 - t)
@@ -116,7 +161,7 @@ def test_add_noise_is_that_of_diffusers(kind: str) -> None:
     schedule, k = make(kind), torch.tensor([0, 1, 17, 500, 998, 999])
     x0, eps = gaussian(6, 3, 4, 4), gaussian(6, 3, 4, 4, seed=2)
     expected = reference(schedule).add_noise(x0, eps, k)
-    torch.testing.assert_close(schedule.add_noise(x0, eps, (k + 1) / 1000), expected, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(schedule.add_noise(x0, eps, (k + 1) / 1000), expected, rtol=1e-5, atol=1e-5)
     exact = schedule.add_noise(x0, eps, (k.double() + 1) / 1000)
     torch.testing.assert_close(exact, expected, rtol=1e-10, atol=1e-10)
 
@@ -272,8 +317,10 @@ def test_draw_t_of_flow_is_logit_normal() -> None:
 
 
 @pytest.mark.parametrize(
-    "bad", [{"steps": 0}, {"beta_start": 0.0}, {"beta_start": 0.5, "beta_end": 0.1}, {"beta_end": 1.0}]
-)
-def test_impossible_schedules_are_refused(bad: dict[str, float]) -> None:
+    "bad",
+    [{"steps": 0}, {"beta_start": 0.0}, {"beta_start": 0.5, "beta_end": 0.1}, {"beta_end": 1.0}, {"shift": 2.0},
+     {"kind": "flow", "shift": 0.0}, {"kind": "flow", "zero_terminal": True}, {"steps": 1, "zero_terminal": True}],
+)  # fmt: skip
+def test_impossible_schedules_are_refused(bad: dict[str, Any]) -> None:
     with pytest.raises(ValueError):
         NoiseScheduleConfig(**bad)

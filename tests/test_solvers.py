@@ -24,7 +24,7 @@ from diffusers.schedulers import (
 from torch import Tensor
 
 from ldm.denoiser import Prediction, Target
-from ldm.noise import GRIDS, NoiseSchedule, karras_grid, log_snr_grid, uniform_grid
+from ldm.noise import GRIDS, NoiseSchedule, NoiseScheduleConfig, karras_grid, log_snr_grid, uniform_grid
 from ldm.sampling import SAMPLERS, ddim, dpmpp_2m_sde, euler, heun, unipc
 from pipelines.cascade import load_cascade
 from pipelines.stage import SamplingConfig
@@ -180,9 +180,13 @@ def test_order_of_convergence_on_a_mixture(name: str, order: int) -> None:
         assert math.log2(coarse / fine) == pytest.approx(order, abs=0.3)
 
 
-@pytest.mark.parametrize("kind", ["linear", "cosine", "flow"])
-def test_time_of_inverts_log_snr(kind: str) -> None:
-    schedule = make(kind, 1000)
+@pytest.mark.parametrize(
+    "options",
+    [{"kind": "linear"}, {"kind": "cosine"}, {"kind": "sigmoid"}, {"kind": "scaled_linear", "zero_terminal": True},
+     {"kind": "flow"}, {"kind": "flow", "shift": 3.0}],
+)  # fmt: skip
+def test_time_of_inverts_log_snr(options: dict[str, Any]) -> None:
+    schedule = NoiseSchedule(NoiseScheduleConfig(**options))
     t = torch.linspace(1e-4, 1 - 1e-4, 777, dtype=torch.float64)
     torch.testing.assert_close(schedule.time_of(schedule.log_snr(t)), t, rtol=1e-8, atol=1e-10)
     assert schedule.time_of(torch.tensor([-200.0, math.inf])).tolist() == pytest.approx([1, 0], abs=1e-12)

@@ -98,8 +98,9 @@ class DiffusionRun(StageRun):
         super().__post_init__()
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout is a share, from 0 to below 1, not {self.dropout}")
-        if self.schedule.kind == "flow" and self.denoiser.target == "eps":
-            raise ValueError("denoiser.target eps does not determine x0 at t = 1 of a flow schedule: use v, x0 or flow")
+        if self.schedule.ends_in_noise and self.denoiser.target == "eps":
+            raise ValueError("denoiser.target eps does not determine x0 at t = 1 of a flow schedule, nor with "
+                             "zero_terminal: use v, x0 or flow")  # fmt: skip
         if self.times == "last" and self.denoiser.target == "eps":
             raise ValueError("denoiser.target eps says nothing of x0 at t = 1: with times last use v, x0 or flow")
         if self.times == "last" and (self.denoiser.weighting == "min_snr" or self.sampling.steps != 1):
