@@ -157,7 +157,8 @@ def test_what_counts_changes_one_thing_at_a_time(sr: Path, pictures: Tensor) -> 
 
 def test_tiled_and_whole(sr: Path) -> None:
     cascade = load_cascade(sr)
-    found = tiled_against_whole(cascade, sr_stage(cascade), torch.rand(2, 3, 32, 32) * 2 - 1, ["a", "b"])
+    large = torch.rand(2, 3, 32, 32) * 2 - 1
+    found = tiled_against_whole(cascade, sr_stage(cascade), Held(large, large, ["a", "b"], ["x", "y"]))
     assert found["tiles"] == 9
     assert found["side_px"] == [64, 64]
     assert found["seam"].keys() == found["consistency_db"].keys() == {"tiled", "whole"}

@@ -80,8 +80,8 @@ def evaluate(model: str | Path, data: str | Path, out: str | Path, stage: str | 
                "truth": held.large}  # fmt: skip
     after: list[dict[str, Any]] = []
     if cascade.stages[0].config.low_res is None:
-        levels = dict.fromkeys(setting.level for setting in settings)
-        tried = [SamplingConfig(**{**best(cells)["sampling"], "level": level}) for level in levels]
+        least = SamplingConfig(**best(cells)["sampling"])
+        tried = [replace(least, level=level) for level in dict.fromkeys(s.level for s in settings)]
         drawn, after = after_base(cascade, chosen, held, features, tried)
         columns["base"] = shown(drawn[0], config.scale)
         columns.update({f"level {s.level}": p for s, p in zip(tried, drawn[1:], strict=True)})
@@ -91,8 +91,7 @@ def evaluate(model: str | Path, data: str | Path, out: str | Path, stage: str | 
     told = ", ".join(f"{name} {value}" for name, value in report["best"]["sampling"].items())
     tell(f"best setting: {told}; consistent: {report['best']['consistent']}")
     if tiled:
-        small = held.spread(tiled)
-        report["tiled"] = tiled_against_whole(cascade, chosen, small.large, small.captions)
+        report["tiled"] = tiled_against_whole(cascade, chosen, held.spread(tiled))
         tell("tiled: " + "  ".join(f"{name} {value}" for name, value in report["tiled"].items()))
     report["columns"] = list(columns)
     path = _write(Path(out), report, columns)

@@ -13,20 +13,20 @@ from torch import Tensor
 from pipelines.cascade import Cascade
 from pipelines.stage import Stage
 from pipelines.tiles import Window
-from training.boundary import consistency
+from training.boundary import Held, consistency
 from training.metrics import psnr
 
 NEIGHBOURS = (1, 2, 3)  # lines beside a border, on both sides, a small pixel apart: its edges are not like its middle
 
 
-def tiled_against_whole(cascade: Cascade, stage: Stage, small: Tensor, captions: Sequence[str]) -> dict[str, Any]:
-    """An SR stage on pictures (B, 3, h, w) larger than it was trained on.
+def tiled_against_whole(cascade: Cascade, stage: Stage, held: Held) -> dict[str, Any]:
+    """An SR stage on the large pictures, larger than it was trained on.
 
     seam: the mean |gradient| across the borders of tiles over that of the columns and rows beside them, in tiles and
     at once, where it tells of the pictures alone; consistency_db in both; psnr_db of one against the other. Picture i
     is moved by i small pixels, round its edges: straight lines of drawings lie on even coordinates, as borders do.
     """
-    small = torch.cat([picture[None].roll((i, i), (-2, -1)) for i, picture in enumerate(small)])
+    small = torch.cat([picture[None].roll((i, i), (-2, -1)) for i, picture in enumerate(held.large)])
     own = cascade.only(stage.config.name).stages[0]
     assert own.config.low_res is not None
     scale = own.config.low_res.scale
@@ -34,7 +34,7 @@ def tiled_against_whole(cascade: Cascade, stage: Stage, small: Tensor, captions:
     cell = stage.codec.module.config.factor
     where = stage.tiles(height // cell, width // cell)
     found: dict[str, list[Any]] = {"tiled": [], "whole": [], "psnr": [], "consistency": []}
-    for i, caption in enumerate(captions):
+    for i, caption in enumerate(held.captions):
         drawn = {}
         for name, tile in (("tiled", None), ("whole", max(height, width))):
             alone = Cascade([replace(own, tile_px=tile)], cascade.text)
@@ -45,7 +45,7 @@ def tiled_against_whole(cascade: Cascade, stage: Stage, small: Tensor, captions:
     seams = {name: np.array(found[name]).sum(0) for name in ("tiled", "whole")}
     agreement = np.array(found["consistency"]).mean(0).tolist()
     return {
-        "pictures": len(captions), "side_px": [height, width], "tiles": len(where),
+        "pictures": len(held), "side_px": [height, width], "tiles": len(where),
         "seam": {name: float(border / beside) for name, (border, beside) in seams.items()},
         "consistency_db": dict(zip(("tiled", "whole"), agreement, strict=True)),
         "psnr_db": float(np.mean(found["psnr"])),
