@@ -119,6 +119,12 @@ def dpmpp_2m(
     The first step and the one to t = 0 are of first order. Where alpha_t = 0 the step h in log(alpha / sigma)
     is infinite: the formulas then become the DDIM step, and a first-order step after it. `noise` is not used.
     """
+    return _dpmpp(predict, x, grid, None, schedule, on_step)
+
+
+def _dpmpp(predict: Predict, x: Tensor, grid: Tensor, noise: Noise | None, schedule: NoiseSchedule,
+           on_step: OnStep | None) -> Tensor:  # fmt: skip
+    """The solver of the ODE, or with noise that of the SDE."""
     previous: tuple[Tensor, Tensor] | None = None
     for t, s in _steps(x, grid, on_step):
         x0 = predict(x, t).x0
@@ -129,8 +135,14 @@ def dpmpp_2m(
         if previous is not None and s[0] > 0:
             x0_before, h_before = previous
             extrapolated = x0 + per_item(h / (2 * h_before), x) * (x0 - x0_before)
-        x = per_item(sigma_s / sigma_t, x) * x - per_item(alpha_s * torch.expm1(-h), x) * extrapolated
         previous = x0, h
+        if noise is None:
+            x = per_item(sigma_s / sigma_t, x) * x - per_item(alpha_s * torch.expm1(-h), x) * extrapolated
+            continue
+        kept = per_item(sigma_s / sigma_t * torch.exp(-h), x) * x
+        x = kept - per_item(alpha_s * torch.expm1(-2 * h), x) * extrapolated
+        if s[0] > 0:
+            x = x + per_item(sigma_s * torch.sqrt(-torch.expm1(-2 * h)), x) * noise(x)
     return x
 
 
@@ -225,22 +237,7 @@ def dpmpp_2m_sde(
 
     The first step and the one to t = 0 are of first order; where alpha_t = 0 as there.
     """
-    previous: tuple[Tensor, Tensor] | None = None
-    for t, s in _steps(x, grid, on_step):
-        x0 = predict(x, t).x0
-        alpha_s, sigma_s = schedule.alpha_sigma(s)
-        _, sigma_t = schedule.alpha_sigma(t)
-        h = (schedule.log_snr(s) - schedule.log_snr(t)) / 2
-        extrapolated = x0
-        if previous is not None and s[0] > 0:
-            x0_before, h_before = previous
-            extrapolated = x0 + per_item(h / (2 * h_before), x) * (x0 - x0_before)
-        x = per_item(sigma_s / sigma_t * torch.exp(-h), x) * x
-        x = x - per_item(alpha_s * torch.expm1(-2 * h), x) * extrapolated
-        if s[0] > 0:
-            x = x + per_item(sigma_s * torch.sqrt(-torch.expm1(-2 * h)), x) * noise(x)
-        previous = x0, h
-    return x
+    return _dpmpp(predict, x, grid, noise, schedule, on_step)
 
 
 @torch.no_grad()
