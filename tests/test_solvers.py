@@ -161,7 +161,7 @@ def test_heun_with_churn_is_the_printed_algorithm(options: tuple[float, float, f
 
 @pytest.mark.parametrize(("name", "order"), [("euler", 1), ("heun", 2), ("dpmpp_2m", 2), ("unipc", 3)])
 def test_order_of_convergence_on_a_mixture(name: str, order: int) -> None:
-    """On grids uniform in log-SNR between finite ends, against 20,000 steps of Heun's. UniPC-p is of order p + 1."""
+    """On grids uniform in log-SNR between finite ends, against 4,000 steps of Heun's. UniPC-p is of order p + 1."""
     schedule, target = make("flow"), Mixture()
 
     def predict(x: Tensor, t: Tensor) -> Prediction:
