@@ -11,21 +11,24 @@ import json
 import struct
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import torch
 from diffusers.models.modeling_utils import ModelMixin
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 
-from ldm.config import UserError, parse, to_dict
+from ldm.config import Config, UserError, parse, to_dict
 from ldm.latents import CodecConfig, LatentCodec
 from ldm.models.autoencoder import build_autoencoder
+from ldm.models.classifier import Classifier, ClassifierConfig
 
 N = TypeVar("N", bound=nn.Module)
 
 NETWORK_FILE = "diffusion_pytorch_model.safetensors"
+CLASSIFIER_FILE = "model.safetensors"
 MAX_HEADER_BYTES = 25_000_000
 MAX_DIMENSIONS = 8
 _DTYPES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
@@ -202,3 +205,26 @@ def load_codec(folder: str | Path) -> Codec:
         shape, channels = config.autoencoder, 3 * config.unshuffle**2
         codec.autoencoder = load_network(lambda: build_autoencoder(shape, channels), folder / "vae" / NETWORK_FILE)
     return Codec(codec.eval().requires_grad_(False), codec_digest(folder))
+
+
+@dataclass(frozen=True)
+class ClassifierFile(Config):
+    """config.json of a classifier's folder."""
+
+    classifier: ClassifierConfig
+    classes: dict[str, tuple[str, ...]]
+
+
+def save_classifier(classifier: Classifier, folder: Path) -> None:
+    """Write a classifier folder: config.json and model.safetensors, in float16."""
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {name: value.detach().cpu().half().contiguous() for name, value in classifier.state_dict().items()}
+    save_file(tensors, folder / CLASSIFIER_FILE)
+    write_json(folder / "config.json", to_dict(ClassifierFile(classifier.config, classifier.classes)))
+
+
+def load_classifier(folder: str | Path) -> Classifier:
+    """Read a classifier folder. Raises UserError where it is not one or is damaged."""
+    folder = Path(folder)
+    found = parse(ClassifierFile, read_json(folder / "config.json"), str(folder / "config.json"))
+    return load_network(lambda: Classifier(found.classifier, found.classes), folder / CLASSIFIER_FILE)

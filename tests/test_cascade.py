@@ -183,8 +183,10 @@ class TestParts:
         (["upscaling.degradation.kernels=[box]"], "kernels"),
         (["upscaling.degradation.jpeg_quality=[30, 200]"], "ends at 100"),
         (["low_res.levels.kind=flow"], "alpha above 0"),
-        (["times=last", "denoiser.target=eps"], "says nothing of x0 at t = 1"),
-        (["times=last"], "min_snr would weight its loss by nothing"),
+        (["last=0.5", "denoiser.target=eps"], "says nothing of x0 at t = 1"),
+        (["last=0.5"], "min_snr gives t = 1 next to no weight"),
+        (["last=1", "denoiser.weighting=simple"], "draws in one step"),
+        (["last=1.5"], "last is a share"),
     ],
 )
 def test_configs_that_cannot_be_are_refused(runs: Path, wrong: list[str], reason: str, tmp_path: Path) -> None:
@@ -194,7 +196,7 @@ def test_configs_that_cannot_be_are_refused(runs: Path, wrong: list[str], reason
 
 
 def test_a_regressor_is_the_same_stage_at_the_last_time(runs: Path, tmp_path: Path) -> None:
-    overrides = [*SHARED, f"cache={runs / 'cache'}", f"codec={runs / 'ae/final'}", "times=last", "denoiser.target=x0",
+    overrides = [*SHARED, f"cache={runs / 'cache'}", f"codec={runs / 'ae/final'}", "last=1", "denoiser.target=x0",
                  "denoiser.weighting=simple", "sampling.steps=1", *STAGES["sr"][1]]  # fmt: skip
     train(ROOT / "configs/tiny/sr.yaml", tmp_path / "run", overrides)
     small = torch.rand(1, 3, 32, 32) * 2 - 1

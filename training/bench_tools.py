@@ -22,9 +22,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ldm.config import load
 from training import loop
-from training.autoencoder import AutoencoderRun, AutoencoderTask
-from training.diffusion import DiffusionRun, DiffusionTask
-from training.engine import start
+from training.autoencoder import AutoencoderRun
+from training.diffusion import DiffusionRun
+from training.engine import Task, start
 from training.loader import Batch, batches
 from training.optim import build_optimizer
 from training.plan import FORMATS
@@ -210,7 +210,7 @@ def _attention_backward(_grad: Sequence[int], query: Sequence[int], key: Sequenc
     return 2 * math.prod(query[:3]) * key[2] * (3 * query[3] + 2 * value[3])
 
 
-def ready_loss(task: AutoencoderTask | DiffusionTask, config: AutoencoderRun | DiffusionRun,
+def ready_loss(task: Task, config: AutoencoderRun | DiffusionRun,
                batch: Batch) -> Callable[[Any], Tensor]:  # fmt: skip
     """The loss of a module like the task's on one batch that is drawn, read and put together beforehand."""
     if isinstance(config, AutoencoderRun):
@@ -227,7 +227,7 @@ class Bare:
     """The least that training takes: forward, loss, backward, clipping and fused AdamW of a copy of the task's module,
     on tensors that are ready, without averages, logs and processes."""
 
-    def __init__(self, task: AutoencoderTask | DiffusionTask, config: AutoencoderRun | DiffusionRun,
+    def __init__(self, task: Task, config: AutoencoderRun | DiffusionRun,
                  layout: str = "contiguous") -> None:  # fmt: skip
         batch = next(batches(task.cache, config.seed, 0, config.loop.batch, config.loop.batch))
         self.loss = ready_loss(task, config, batch)

@@ -76,7 +76,7 @@ class DiffusionRun(StageRun):
 
     codec: a codec folder, or null for a stage that works on pixels, `unshuffle` squared of them in a grid cell.
     dropout: the share of items whose text is replaced by the null, for classifier-free guidance.
-    low_res: null for a base; upscaling: read where it is not. times: see `Frozen`.
+    low_res: null for a base; upscaling: read where it is not. last: see `Frozen`.
     """
 
     kind: Literal["diffusion"] = "diffusion"
@@ -92,7 +92,7 @@ class DiffusionRun(StageRun):
     dropout: float = 0.1
     low_res: LowResConfig | None = None
     upscaling: UpscalingConfig = UpscalingConfig()
-    times: Literal["all", "last"] = "all"
+    last: float = 0.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -101,10 +101,14 @@ class DiffusionRun(StageRun):
         if self.schedule.ends_in_noise and self.denoiser.target == "eps":
             raise ValueError("denoiser.target eps does not determine x0 at t = 1 of a flow schedule, nor with "
                              "zero_terminal: use v, x0 or flow")  # fmt: skip
-        if self.times == "last" and self.denoiser.target == "eps":
-            raise ValueError("denoiser.target eps says nothing of x0 at t = 1: with times last use v, x0 or flow")
-        if self.times == "last" and (self.denoiser.weighting == "min_snr" or self.sampling.steps != 1):
-            raise ValueError("with times last, sampling.steps must be 1, and min_snr would weight its loss by nothing")
+        if not 0 <= self.last <= 1:
+            raise ValueError(f"last is a share, from 0 to 1, not {self.last:g}")
+        if self.last and self.denoiser.target == "eps":
+            raise ValueError("denoiser.target eps says nothing of x0 at t = 1: with `last` use v, x0 or flow")
+        if self.last and self.denoiser.weighting == "min_snr":
+            raise ValueError("denoiser.weighting min_snr gives t = 1 next to no weight: with `last` use another")
+        if self.last == 1 and self.sampling.steps != 1:
+            raise ValueError("a network trained at t = 1 alone (last: 1) draws in one step: set sampling.steps=1")
         if self.schedule.kind != "flow" and self.sampling.steps > self.schedule.steps:
             raise ValueError(f"sampling.steps {self.sampling.steps} is beyond schedule.steps {self.schedule.steps}")
         if self.low_res is None and self.upscaling != UpscalingConfig():
@@ -173,7 +177,7 @@ class DiffusionTask:
             denoiser.net.load_state_dict(net.state_dict())
         unit = Normalisation(mean=(0.0,) * channels, std=(1.0,) * channels)
         frozen = Frozen(codec.module, unit, self.cache.null, config.dropout, config.low_res, config.upscaling,
-                        config.times)  # fmt: skip
+                        config.last)  # fmt: skip
         frozen = with_statistics(frozen, codec.digest, self.cache)
         self._stage = StageConfig(
             name=config.name,
@@ -203,7 +207,9 @@ class DiffusionTask:
         small pictures as they are."""
         assert isinstance(module, DiffusionModule)
         device = next(module.parameters()).device
-        totals = dict.fromkeys(EVALUATION_LEVELS if module.frozen.times == "all" else (100,), 0.0)
+        last = module.frozen.last
+        levels = [*(EVALUATION_LEVELS if last < 1 else ()), *((100,) if last else ())]
+        totals = dict.fromkeys(levels, 0.0)
         for start in range(0, len(self._chosen), EVALUATION_ROWS):
             indices = self._chosen[start : start + EVALUATION_ROWS]
             x0, cond = evaluation_inputs(self.held_out, indices, module.frozen)

@@ -17,7 +17,6 @@ from typing import Any, get_args
 from ldm.config import UserError, load, to_dict, to_yaml
 from ldm.weights import read_json, write_json
 from training import checkpoint, loop
-from training.autoencoder import AutoencoderRun
 from training.cache import Cache
 from training.diffusion import DiffusionRun
 from training.encode import plan as encode_plan
@@ -30,7 +29,7 @@ from training.posthoc import combine
 from training.processes import check_world, process_state, together
 from training.shapes import check_shapes
 from training.stop import Stop
-from training.tasks import RunConfig, build_task, load_parts
+from training.tasks import AnyRun, RunConfig, build_task, load_parts
 
 # Changing these between two legs of a run changes no weight but through its length, or by the order of sums.
 _FREE = ("loop.images", "loop.accumulation", "loop.processes", "loop.process_timeout_s", "loop.sharding",
@@ -112,7 +111,7 @@ def _prepared(config: LoopConfig) -> Iterator[Stop]:
         yield stop
 
 
-def _train(config: AutoencoderRun | DiffusionRun, folder: Path, resume: Resume, stop: Stop,
+def _train(config: AnyRun, folder: Path, resume: Resume, stop: Stop,
            until: int | None = None) -> Path:  # fmt: skip
     state, now = process_state(), environment()
     with ExitStack() as held:
@@ -135,7 +134,7 @@ def _train(config: AutoencoderRun | DiffusionRun, folder: Path, resume: Resume, 
         return loop.train(task, config.loop, config.optim, config.ema, config.seed, folder, facts, stop, resume, until)
 
 
-def _rehearse(config: AutoencoderRun | DiffusionRun, folder: Path, stop: Stop) -> Path:
+def _rehearse(config: AnyRun, folder: Path, stop: Stop) -> Path:
     """Two steps with all that goes with them, the second after a resume, in a folder that goes away."""
     if process_state().num_processes > 1:
         raise UserError("--dry-run checks one process; start it without a launcher")

@@ -5,6 +5,7 @@ No data, no weights, no memory: shapes of everything, counted work, and the byte
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,19 +17,21 @@ from ldm.conditioning import Conditioning
 from ldm.config import UserError, load, parse
 from ldm.denoiser import Denoiser
 from ldm.latents import CodecConfig, LatentCodec
+from ldm.models.classifier import Classifier
 from ldm.models.unet import build_unet
 from ldm.noise import NoiseSchedule
 from ldm.text import TextConfig, load_text_encoder
 from ldm.weights import read_json
 from training.autoencoder import AutoencoderRun
+from training.classifier import ClassifierRun, classifier_step
 from training.diffusion import DiffusionRun
 from training.steps import autoencoder_step
-from training.tasks import RunConfig
+from training.tasks import AnyRun, RunConfig
 
 COPIES = 4  # of each parameter in float32: weight, gradient, AdamW's two moments; averages come on top
 
 
-def check_shapes(config: AutoencoderRun | DiffusionRun, config_path: Path) -> str:
+def check_shapes(config: AnyRun, config_path: Path) -> str:
     """One forward and backward pass of a batch on the meta device; returns what it found, in lines.
 
     A codec folder that is not there yet is taken from autoencoder.yaml beside the config; of a text encoder that is
@@ -36,10 +39,7 @@ def check_shapes(config: AutoencoderRun | DiffusionRun, config_path: Path) -> st
     """
     try:
         with FlopCounterMode(display=False) as counter:
-            if isinstance(config, AutoencoderRun):
-                module, loss, lines = _autoencoder(config)
-            else:
-                module, loss, lines = _diffusion(config, config_path)
+            module, loss, lines = _STEPS[type(config)](config, config_path)
             forward = counter.get_total_flops()
             torch.autograd.backward(loss)
         work = counter.get_total_flops()
@@ -59,7 +59,7 @@ def check_shapes(config: AutoencoderRun | DiffusionRun, config_path: Path) -> st
     ])  # fmt: skip
 
 
-def _autoencoder(config: AutoencoderRun) -> tuple[nn.Module, Tensor, list[str]]:
+def _autoencoder(config: AutoencoderRun, config_path: Path) -> tuple[nn.Module, Tensor, list[str]]:
     with torch.device("meta"):
         codec = LatentCodec(config.codec)
     crop = config.reconstruction.crop_px
@@ -96,6 +96,21 @@ def _diffusion(config: DiffusionRun, config_path: Path) -> tuple[nn.Module, Tens
         small = config.data.size_px // low_res.scale
         lines.append(f"told of {small} px by {side} x {side} x {extra}; makes {config.data.size_px} px")
     return denoiser, loss, lines
+
+
+def _classifier(config: ClassifierRun, config_path: Path) -> tuple[nn.Module, Tensor, list[str]]:
+    with torch.device("meta"):
+        network = Classifier(config.classifier, dict.fromkeys(config.labels, ("a", "b")))
+    side, batch = config.classifier.side_px, config.loop.batch
+    wanted = {name: torch.zeros(batch, dtype=torch.long, device="meta") for name in config.labels}
+    pictures = torch.randn(batch, 3, side, side, device="meta")
+    loss = classifier_step(network, pictures, wanted, config.smoothing).losses[0]
+    return network, loss, [f"{side} px -> {', '.join(config.labels)}; their classes are the data's, here 2 each"]
+
+
+_STEPS: dict[type, Callable[[Any, Path], tuple[nn.Module, Tensor, list[str]]]] = {
+    AutoencoderRun: _autoencoder, ClassifierRun: _classifier, DiffusionRun: _diffusion
+}  # fmt: skip
 
 
 def codec_config(config: DiffusionRun, config_path: Path) -> CodecConfig:

@@ -112,8 +112,8 @@ class UpscalingConfig(Config):
 class Frozen:
     """What a diffusion stage does not train. null: of the text, one item; dropout: of the text.
 
-    times: the noise levels trained on; "last" is t = 1 alone, where a network sees noise only: it then learns the
-    mean of what it is asked for, and one step draws that.
+    last: the share of items trained at t = 1 alone, where a network sees noise only and learns the mean of what it is
+    asked for; with a share of 1, one step draws that.
     """
 
     codec: LatentCodec
@@ -122,7 +122,7 @@ class Frozen:
     dropout: float
     low_res: LowResConfig | None = None
     upscaling: UpscalingConfig = UpscalingConfig()
-    times: Literal["all", "last"] = "all"
+    last: float = 0.0
 
     def __deepcopy__(self, memo: object) -> Frozen:
         """Itself: averages of a module share it."""
@@ -154,7 +154,8 @@ def diffusion_inputs(batch: Batch, denoiser: Denoiser, frozen: Frozen) -> Diffus
     x0 = frozen.normalisation.apply(raw_latents(stored, small, frozen, noise, crop))
     eps = batch.normal(tuple(x0.shape[1:]))
     u = (torch.tensor(batch.places, dtype=torch.float64) + batch.uniform()) / batch.global_size
-    t = denoiser.schedule.draw_t(u) if frozen.times == "all" else torch.ones_like(u)
+    rest = 1 - frozen.last  # of a batch, u spreads over [0, 1) evenly
+    t = torch.where(u < rest, denoiser.schedule.draw_t((u / max(rest, 1e-9)).clamp(max=1 - 1e-9)), 1.0)
     text = batch.cache.text([c[k] for c, k in zip(captions, chosen, strict=True)])
     cond = text.where(batch.uniform() >= frozen.dropout, frozen.null)
     if frozen.low_res is not None and small is not None:

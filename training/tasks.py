@@ -5,35 +5,41 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
 from ldm.config import tagged
 from ldm.text import TextEncoder
 from ldm.weights import Codec
 from training.autoencoder import AutoencoderRun, AutoencoderTask
+from training.classifier import ClassifierRun, ClassifierTask
 from training.data import Reader
 from training.diffusion import DiffusionRun, DiffusionTask
+from training.engine import Task
 
-RunConfig = Annotated[AutoencoderRun | DiffusionRun, tagged()]
+RunConfig = Annotated[AutoencoderRun | ClassifierRun | DiffusionRun, tagged()]
+AnyRun = AutoencoderRun | ClassifierRun | DiffusionRun
+_TASKS: dict[type, Any] = {
+    AutoencoderRun: AutoencoderTask, ClassifierRun: ClassifierTask, DiffusionRun: DiffusionTask
+}  # fmt: skip
 
 
-def load_parts(config: AutoencoderRun | DiffusionRun) -> tuple[tuple[Reader, Reader], Codec | None, TextEncoder | None]:
+def load_parts(config: AnyRun) -> tuple[tuple[Reader, Reader], Codec | None, TextEncoder | None]:
     """Readers of training and held-out items, and the frozen networks that encode them, on this process's device.
 
     Of a stage whose cache holds pixels the codec is None.
     """
     # the data first: a wrong folder is told before any network is loaded
     readers = config.validation.readers(config.data, config.shard_items)
-    if isinstance(config, AutoencoderRun):
+    if not isinstance(config, DiffusionRun):
         return readers, None, None
     codec, text = config.load_frozen()
     return readers, codec if config.caches_latents else None, text
 
 
-def build_task(config: AutoencoderRun | DiffusionRun) -> AutoencoderTask | DiffusionTask:
+def build_task(config: AnyRun) -> Task:
     """The task of a config: data read, caches written where missing, networks with fresh weights or those of `init`.
 
     Called by all processes of a launch.
     """
-    readers = config.validation.readers(config.data, config.shard_items)
-    return AutoencoderTask(config, readers) if isinstance(config, AutoencoderRun) else DiffusionTask(config, readers)
+    task: Task = _TASKS[type(config)](config, config.validation.readers(config.data, config.shard_items))
+    return task

@@ -1,0 +1,54 @@
+"""Classifier: a residual network (He et al. 2016) with one head per label, for pictures of one small size."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+
+from torch import Tensor, nn
+from torch.nn.functional import adaptive_avg_pool2d
+
+from ldm.config import Config
+
+
+@dataclass(frozen=True)
+class ClassifierConfig(Config):
+    """A ResNet of basic blocks with group normalisation: `widths` and `blocks` of its levels, each half the grid of
+    the one before. It sees pictures of `side_px`; its first convolution and pooling leave a quarter of that."""
+
+    side_px: int = 64
+    widths: tuple[int, ...] = (64, 128, 256, 384)
+    blocks: tuple[int, ...] = (2, 2, 2, 2)
+    norm_groups: int = 16
+
+    def __post_init__(self) -> None:
+        if len(self.widths) != 4 or len(self.blocks) != 4 or min(self.blocks) < 1:
+            raise ValueError("widths and blocks have four entries each, and no level is without blocks")
+        if self.norm_groups < 1 or any(w < 1 or w > 4096 or w % self.norm_groups for w in self.widths):
+            raise ValueError(f"widths {self.widths} must be multiples of norm_groups {self.norm_groups}, at most 4096")
+        if self.side_px < 32 or self.side_px % 32:
+            raise ValueError(f"side_px must be a multiple of 32, not {self.side_px}")
+
+
+class Classifier(nn.Module):
+    """Pictures (B, 3, H, W) in [-1, 1] -> {label: logits (B, classes)}; larger ones are first shrunk by area.
+
+    classes: the names that each label can take, in the order of its logits.
+    """
+
+    def __init__(self, config: ClassifierConfig, classes: dict[str, tuple[str, ...]]) -> None:
+        super().__init__()
+        from timm.layers.norm import GroupNorm  # takes seconds
+        from timm.models.resnet import BasicBlock, ResNet
+
+        self.config, self.classes = config, classes
+        self.trunk: nn.Module = ResNet(
+            BasicBlock,  # type: ignore[arg-type]
+            config.blocks, num_classes=0, channels=config.widths, stem_width=config.widths[0] // 2,
+            stem_type="deep", avg_down=True, norm_layer=partial(GroupNorm, num_groups=config.norm_groups),
+        )  # fmt: skip
+        self.heads = nn.ModuleDict({name: nn.Linear(config.widths[-1], len(own)) for name, own in classes.items()})
+
+    def forward(self, pictures: Tensor) -> dict[str, Tensor]:
+        features = self.trunk(adaptive_avg_pool2d(pictures.clamp(-1, 1), self.config.side_px))
+        return {name: head(features) for name, head in self.heads.items()}
