@@ -118,7 +118,7 @@ def cmmd(features: Tensor, reference: Tensor) -> float:
     x, y = (f.double() / f.double().norm(dim=1, keepdim=True) for f in (features, reference))
 
     def mean_kernel(a: Tensor, b: Tensor) -> float:
-        parts = (torch.exp(-torch.cdist(p, b) ** 2 / (2 * CMMD_SIGMA**2)).sum() for p in a.split(CHUNK))
+        parts = (torch.exp(-torch.cdist(p, b) ** 2 / (2 * CMMD_SIGMA**2)).sum() for p in torch.split(a, CHUNK))
         return float(sum(parts, torch.zeros(()))) / (len(a) * len(b))
 
     return CMMD_SCALE * (mean_kernel(x, x) + mean_kernel(y, y) - 2 * mean_kernel(x, y))
@@ -143,7 +143,7 @@ class Coverage:
         self.neighbours = neighbours
         x, y = features.double(), reference.double()
         self._own_radius, real_radius = radii(x, neighbours), radii(y, neighbours)
-        apart = torch.cat([torch.cdist(part, y) for part in x.split(CHUNK)])  # (N, M)
+        apart = torch.cat([torch.cdist(part, y) for part in torch.split(x, CHUNK)])  # (N, M)
         self._in_real = apart <= real_radius  # picture n lies in the ball of real m
         self._in_own = apart <= self._own_radius[:, None]  # real m lies in the ball of picture n
 
@@ -171,13 +171,13 @@ class Coverage:
 
 def radii(features: Tensor, neighbours: int) -> Tensor:
     """Distance of each row to its k-th nearest among the others: (N,)."""
-    found = [torch.cdist(part, features).kthvalue(neighbours + 1, dim=1).values for part in features.split(CHUNK)]
+    found = [torch.cdist(part, features).kthvalue(neighbours + 1, dim=1).values for part in torch.split(features, CHUNK)]
     return torch.cat(found)
 
 
 def nearest(features: Tensor, reference: Tensor) -> tuple[Tensor, Tensor]:
     """Distance to the nearest row of `reference`, and which it is: (N,), (N,)."""
-    found = [torch.cdist(part, reference).min(1) for part in features.double().split(CHUNK)]
+    found = [torch.cdist(part, reference).min(1) for part in torch.split(features.double(), CHUNK)]
     return torch.cat([f.values for f in found]), torch.cat([f.indices for f in found])
 
 
