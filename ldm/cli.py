@@ -176,6 +176,28 @@ def ckpt_join(
     typer.echo(str(join(folders, out)))
 
 
+@eval_app.command("pictures")
+def eval_pictures(
+    model: Annotated[Path, typer.Argument(metavar="MODEL", help="A cascade folder that begins with a base.")],
+    data: Annotated[Path, typer.Argument(metavar="DATA", help="The data set, with a split `train` and held-out ones.")],
+    out: Annotated[Path, typer.Option(help="Folder for the report and its pictures.")] = Path("out/pictures"),
+    judge: Annotated[Path | None, typer.Option(help="A classifier's folder, for its verdicts.")] = None,
+    split: Annotated[str, typer.Option(help="The held-out split whose captions are drawn.")] = "combos",
+    seeds: Annotated[int, typer.Option(min=1, help="Pictures of each caption.")] = 4,
+    rows: Annotated[int | None, typer.Option(min=2, help="At most so many captions, evenly spread.")] = None,
+    stages: Annotated[list[str] | None, typer.Option(help="A stage to run; may be repeated. Default: all.")] = None,
+    prompts: Annotated[Path | None, typer.Option(help="Other prompts: JSON lines with the fields to find.")] = None,
+    cache: Annotated[Path, typer.Option(help="Where features of the training pictures are kept.")] = Path("cache"),
+    overrides: StageSet = None,
+    overwrite: Overwrite = False,
+) -> None:
+    """Draw pictures for captions never trained on and measure them: do they show it, and how well?"""
+    from training.picture_report import evaluate
+
+    typer.echo(str(evaluate(model, data, out, judge, split, seeds, rows, stages or [], prompts, cache,
+                            overrides or [], overwrite, tell=_tell)))  # fmt: skip
+
+
 @eval_app.command("cascade")
 def eval_cascade(
     model: Annotated[Path, typer.Argument(metavar="MODEL", help="A cascade folder with an SR stage.")],

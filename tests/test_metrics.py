@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 
 import pytest
@@ -9,11 +10,16 @@ import torch
 from scipy.stats import binomtest
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
+from ldm.latents import LatentCodec
 from pipelines.cascade import load_cascade
+from tests.tiny import CODEC
+from training.autoencoder import AutoencoderModule
 from training.data import DataConfig, Reader
 from training.encode import encode
 from training.evaluate import Agreement, choose_captions, prompt_agreement, wilson
+from training.features import Features
 from training.metrics import psnr, ssim
+from training.steps import ReconstructionConfig, autoencoder_step
 
 DATA = Path(__file__).parent / "data/emoji"
 
@@ -76,3 +82,19 @@ def test_training_pictures_agree_with_their_own_captions(tiny_folder: Path, tmp_
     assert (right.style, right.concept, right.cluster) == (12, 12, 12)
     wrong = Agreement.of(cache, prompt_agreement(Replay(1), cache, captions)[0])  # type: ignore[arg-type]
     assert wrong.style == 0
+
+
+def test_the_perceptual_loss_is_that_distance_and_trains_nothing_of_its_own() -> None:
+    features = Features()
+    codec = LatentCodec(CODEC)
+    config = ReconstructionConfig(crop_px=32, l1=0, l2=0, gradient=0, kl=0, perceptual=0.5)
+    pixels, noise = torch.rand(2, 3, 32, 32) * 2 - 1, torch.zeros(2, 4, 4, 4)
+    result = autoencoder_step(codec, pixels, noise, config, features)
+    result.losses[0].backward()
+    decoded = codec.decode(codec.encode(pixels).chunk(2, dim=1)[0])
+    torch.testing.assert_close(result.losses[0].detach(), 0.5 * features.distance(decoded, pixels).mean())
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in codec.autoencoder.decoder.parameters())
+    assert all(p.grad is None for p in features.parameters())
+    module = AutoencoderModule(codec, config)
+    assert module.state_dict().keys() == AutoencoderModule(codec, ReconstructionConfig()).state_dict().keys()
+    assert copy.deepcopy(module).frozen is module.frozen

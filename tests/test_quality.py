@@ -15,10 +15,10 @@ from torchmetrics.image.kid import poly_mmd
 
 from training.quality import (
     Coverage,
+    FrechetDistance,
     KernelDistance,
     Resampler,
     cmmd,
-    frechet_distance,
     inception_score,
     moments,
     nearest,
@@ -39,7 +39,7 @@ PAIRS = [(features(200, seed=1), features(300, seed=2, shift=0.3)), (features(16
 def test_frechet_distance(own: torch.Tensor, real: torch.Tensor) -> None:
     """Against scipy's matrix root and torchmetrics; the second pair has fewer pictures than features."""
     a, b = moments(own), moments(real)
-    found = frechet_distance(own, b)
+    found = FrechetDistance(own, b)()
     root = linalg.sqrtm(a.covariance @ b.covariance)
     by_scipy = ((a.mean - b.mean) ** 2).sum() + np.trace(a.covariance + b.covariance - 2 * np.real(root))
     by_torchmetrics = _compute_fid(*(torch.from_numpy(x) for x in (a.mean, a.covariance, b.mean, b.covariance)))
@@ -49,7 +49,7 @@ def test_frechet_distance(own: torch.Tensor, real: torch.Tensor) -> None:
 
 def test_frechet_distance_of_the_same_pictures_is_nothing() -> None:
     own = PAIRS[0][0]
-    assert frechet_distance(own, moments(own)) == pytest.approx(0, abs=1e-9)
+    assert FrechetDistance(own, moments(own))() == pytest.approx(0, abs=1e-9)
 
 
 def test_kernel_distance() -> None:
@@ -66,7 +66,7 @@ def test_a_count_is_the_picture_as_often_but_never_compared_with_itself() -> Non
     own, real = features(40, seed=1), features(60, seed=2)
     counts = np.random.default_rng(0).integers(0, 3, 40).astype(np.float64)
     repeated = own.repeat_interleave(torch.from_numpy(counts).long(), 0)
-    assert frechet_distance(own, moments(real), counts) == pytest.approx(frechet_distance(repeated, moments(real)))
+    assert FrechetDistance(own, moments(real))(counts) == pytest.approx(FrechetDistance(repeated, moments(real))())
     logits = features(40, width=5)
     again = logits.repeat_interleave(torch.from_numpy(counts).long(), 0)
     assert inception_score(logits, counts) == pytest.approx(inception_score(again))
@@ -151,8 +151,8 @@ def test_intervals_hold_groups_together() -> None:
 def test_the_interval_of_a_set_measure_surrounds_it() -> None:
     own, real = features(80, seed=1, shift=0.4), features(300, seed=2)
     sampler, reference = Resampler([str(i) for i in range(80)]), moments(real)
-    value = frechet_distance(own, reference)
-    found = sampler.spread(value, lambda counts: frechet_distance(own, reference, counts))
+    distance = FrechetDistance(own, reference)
+    found = sampler.spread(distance(), distance)
     assert found.low < found.value < found.high
-    others = [frechet_distance(features(80, seed=s, shift=0.4), reference) for s in range(10, 50)]
+    others = [FrechetDistance(features(80, seed=s, shift=0.4), reference)() for s in range(10, 50)]
     assert (found.high - found.low) / 4 == pytest.approx(float(np.std(others)), rel=0.5)

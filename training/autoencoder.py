@@ -16,6 +16,7 @@ from ldm.weights import load_codec, save_codec, write_json
 from pipelines.images import grid, save_png, to_uint8
 from training.cache import Cache
 from training.data import Reader
+from training.features import Features
 from training.loader import Batch
 from training.metrics import psnr, ssim
 from training.stages import EVALUATION_ROWS, StageRun, written_whole
@@ -42,6 +43,20 @@ class AutoencoderRun(StageRun):
             )
 
 
+@dataclass
+class Perception:
+    """What an autoencoder's loss sees with: never trained, saved or averaged."""
+
+    features: Features | None
+
+    def on(self, device: torch.device) -> Features | None:
+        return None if self.features is None else self.features.to(device)
+
+    def __deepcopy__(self, memo: object) -> Perception:
+        """Itself: averages of a module share it."""
+        return self
+
+
 class AutoencoderModule(nn.Module):
     """The codec with its training step as `forward`, as the loop and data parallelism want it."""
 
@@ -49,13 +64,14 @@ class AutoencoderModule(nn.Module):
         super().__init__()
         self.codec = codec
         self.config = config
+        self.frozen = Perception(Features() if config.perceptual else None)
 
     def forward(self, batch: Batch) -> StepResult:
         device = self.codec.device
         pixels = training_squares(batch, self.config).to(device)
         side = self.config.crop_px // self.codec.config.factor
         noise = batch.normal((self.codec.config.latent_channels, side, side)).to(device)
-        return autoencoder_step(self.codec, pixels, noise, self.config)
+        return autoencoder_step(self.codec, pixels, noise, self.config, self.frozen.on(device))
 
 
 class AutoencoderTask:

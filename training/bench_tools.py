@@ -213,12 +213,13 @@ def _attention_backward(_grad: Sequence[int], query: Sequence[int], key: Sequenc
 def ready_loss(task: Task, config: AutoencoderRun | DiffusionRun,
                batch: Batch) -> Callable[[Any], Tensor]:  # fmt: skip
     """The loss of a module like the task's on one batch that is drawn, read and put together beforehand."""
+    own: Any = task.module
     if isinstance(config, AutoencoderRun):
         side = config.reconstruction.crop_px // config.codec.factor
         pixels = training_squares(batch, config.reconstruction)
         noise = batch.normal((config.codec.latent_channels, side, side))
-        return lambda module: autoencoder_step(module.codec, pixels, noise, config.reconstruction).losses[0]
-    own: Any = task.module
+        features = own.frozen.on(pixels.device)
+        return lambda module: autoencoder_step(module.codec, pixels, noise, config.reconstruction, features).losses[0]
     inputs = diffusion_inputs(batch, own.denoiser, own.frozen)
     return lambda module: diffusion_step(module.denoiser, inputs).losses[0]
 

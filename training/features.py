@@ -47,23 +47,30 @@ class Features(nn.Module):
         return found
 
     def forward(self, pictures: Tensor) -> Tensor:
-        """The pooled features before the classifier: (B, 1280)."""
+        """The pooled features before the classifier: (B, 1280), on the CPU."""
+        return self.pooled(pictures)[0]
+
+    @torch.no_grad()
+    def pooled(self, pictures: Tensor) -> tuple[Tensor, Tensor]:
+        """Those features, and the logits of ImageNet's classes: (B, 1280), (B, 1000), on the CPU."""
         maps = self.network.forward_features(self._given(pictures))
-        pooled: Tensor = self.network.forward_head(maps, pre_logits=True).cpu()
-        return pooled
+        features: Tensor = self.network.forward_head(maps, pre_logits=True)
+        return features.cpu(), self.network.classifier(features).cpu()
 
     def _given(self, pictures: Tensor) -> Tensor:
         return pictures.clamp(-1, 1).to(next(self.network.parameters()).device)
 
     @torch.no_grad()
     def distance(self, a: Tensor, b: Tensor) -> Tensor:
-        """LPIPS-type distance of pairs (B, 3, H, W) in [-1, 1] -> (B,): the squared difference of feature vectors of
-        unit length, averaged over places and summed over levels (Zhang et al. 2018, eq. 1, with all weights 1)."""
-        found = []
-        for start in range(0, len(a), ROWS):
-            pairs = zip(*(self.levels(x[start : start + ROWS]) for x in (a, b)), strict=True)
-            found.append(sum(((_unit(p) - _unit(q)) ** 2).sum(1).mean((1, 2)) for p, q in pairs))
-        return torch.cat([torch.as_tensor(part).cpu() for part in found])
+        """LPIPS-type distance of pairs (B, 3, H, W) in [-1, 1] -> (B,), on the CPU: see `perceptual_distance`."""
+        pairs = zip(torch.split(a, ROWS), torch.split(b, ROWS), strict=True)
+        return torch.cat([self.perceptual_distance(p, q).cpu() for p, q in pairs])
+
+    def perceptual_distance(self, a: Tensor, b: Tensor) -> Tensor:
+        """The squared difference of feature vectors of unit length, averaged over places and summed over levels
+        (Zhang et al. 2018, eq. 1, with all weights 1): pairs (B, 3, H, W) in [-1, 1] -> (B,), with its gradient."""
+        pairs = zip(self.levels(a), self.levels(b), strict=True)
+        return torch.stack([((_unit(p) - _unit(q)) ** 2).sum(1).mean((1, 2)) for p, q in pairs]).sum(0)
 
 
 def _unit(features: Tensor) -> Tensor:

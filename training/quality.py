@@ -57,7 +57,7 @@ class Moments(NamedTuple):
 
     mean: Array
     covariance: Array
-    count: int
+    rows: int
 
 
 def moments(features: Tensor) -> Moments:
@@ -66,23 +66,27 @@ def moments(features: Tensor) -> Moments:
     return Moments(x.mean(0), np.cov(x, rowvar=False), len(x))
 
 
-def frechet_distance(features: Tensor, reference: Moments, counts: Array | None = None) -> float:
-    """|m1 - m2|^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2)) (Heusel et al. 2017, eq. 6); counts: how often each row counts.
+class FrechetDistance:
+    """|m1 - m2|^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2)) of features from a reference (Heusel et al. 2017, eq. 6).
 
     The trace of the root is the sum of the singular values of A R, where C1 = A^T A and C2 = R R^T: no root of a
     matrix that is not symmetric, and of no more rows than there are pictures.
     """
-    x = features.double().numpy()
-    weights = np.ones(len(x)) if counts is None else counts
-    total = weights.sum()
-    mean = weights @ x / total
-    centred = np.sqrt(weights / (total - 1))[:, None] * (x - mean)
-    kept = centred[weights > 0]
-    values, vectors = np.linalg.eigh(reference.covariance)
-    root = vectors * np.sqrt(values.clip(0))
-    cross = np.linalg.svd(kept @ root, compute_uv=False).sum()
-    apart = ((mean - reference.mean) ** 2).sum()
-    return float(apart + (kept**2).sum() + np.trace(reference.covariance) - 2 * cross)
+
+    def __init__(self, features: Tensor, reference: Moments) -> None:
+        self._x, self._reference = features.double().numpy(), reference
+        values, vectors = np.linalg.eigh(reference.covariance)
+        self._root = vectors * np.sqrt(values.clip(0))
+
+    def __call__(self, counts: Array | None = None) -> float:
+        """counts: how often each picture counts."""
+        weights = np.ones(len(self._x)) if counts is None else counts
+        total = weights.sum()
+        mean = weights @ self._x / total
+        centred = (np.sqrt(weights / (total - 1))[:, None] * (self._x - mean))[weights > 0]
+        cross = np.linalg.svd(centred @ self._root, compute_uv=False).sum()
+        apart = ((mean - self._reference.mean) ** 2).sum()
+        return float(apart + (centred**2).sum() + np.trace(self._reference.covariance) - 2 * cross)
 
 
 class KernelDistance:
@@ -171,8 +175,8 @@ class Coverage:
 
 def radii(features: Tensor, neighbours: int) -> Tensor:
     """Distance of each row to its k-th nearest among the others: (N,)."""
-    found = [torch.cdist(part, features).kthvalue(neighbours + 1, dim=1).values for part in torch.split(features, CHUNK)]
-    return torch.cat(found)
+    apart = (torch.cdist(part, features) for part in torch.split(features, CHUNK))
+    return torch.cat([each.kthvalue(neighbours + 1, dim=1).values for each in apart])
 
 
 def nearest(features: Tensor, reference: Tensor) -> tuple[Tensor, Tensor]:

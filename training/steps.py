@@ -27,6 +27,7 @@ from ldm.low_res import (
     local_contrast,
 )
 from training.cache import Cache
+from training.features import Features
 from training.loader import Batch
 from training.online import Online
 
@@ -42,7 +43,8 @@ class StepResult(NamedTuple):
 class ReconstructionConfig(Config):
     """What an autoencoder is trained on: `crop_px` squares, whole pictures shrunk to it or crops at full size.
 
-    kl is the weight of the KL term per latent dimension, gradient that of the L1 of image gradients.
+    kl is the weight of the KL term per latent dimension, gradient that of the L1 of image gradients, perceptual that
+    of the distance in features of EfficientNet-Lite0 (needs the extra `eval`).
     """
 
     crop_px: int = 64
@@ -52,13 +54,14 @@ class ReconstructionConfig(Config):
     l2: float = 1.0
     gradient: float = 1.0
     kl: float = 5e-4
+    perceptual: float = 0.0
 
     def __post_init__(self) -> None:
         if self.crop_px < 8:
             raise ValueError("crop_px must be at least 8")
         if not 0 <= self.whole <= 1:
             raise ValueError("whole is a share, from 0 to 1")
-        if min(self.l1, self.l2, self.gradient, self.kl) < 0:
+        if min(self.l1, self.l2, self.gradient, self.kl, self.perceptual) < 0:
             raise ValueError("loss weights must not be negative")
 
 
@@ -79,17 +82,23 @@ def training_squares(batch: Batch, config: ReconstructionConfig) -> Tensor:
     return torch.stack(squares) / 127.5 - 1
 
 
-def autoencoder_step(codec: LatentCodec, pixels: Tensor, noise: Tensor, config: ReconstructionConfig) -> StepResult:
-    """L1 + L2 + L1 of image gradients + KL, on pixels (B, 3, H, W) and noise (B, C, h, w)."""
+def autoencoder_step(codec: LatentCodec, pixels: Tensor, noise: Tensor, config: ReconstructionConfig,
+                     features: Features | None = None) -> StepResult:  # fmt: skip
+    """L1 + L2 + L1 of image gradients + KL + perceptual distance, on pixels (B, 3, H, W) and noise (B, C, h, w)."""
     moments = codec.encode(pixels)
-    error = codec.decode(sample_moments(moments, noise)) - pixels
+    decoded = codec.decode(sample_moments(moments, noise))
+    error = decoded - pixels
     l1, l2 = error.abs().mean(), (error**2).mean()
     gradient = (error[..., 1:] - error[..., :-1]).abs().mean() + (
         error[..., 1:, :] - error[..., :-1, :]
     ).abs().mean()
     kl = kl_to_standard_normal(moments).mean() / noise[0].numel()
     loss = config.l1 * l1 + config.l2 * l2 + config.gradient * gradient + config.kl * kl
-    return StepResult([loss], {"l1": l1.detach(), "mse": l2.detach(), "kl_per_dim": kl.detach()})
+    metrics = {"l1": l1.detach(), "mse": l2.detach(), "kl_per_dim": kl.detach()}
+    if features is not None:
+        distance = features.perceptual_distance(decoded, pixels).mean()
+        loss, metrics["distance"] = loss + config.perceptual * distance, distance.detach()
+    return StepResult([loss], metrics)
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,192 @@
+"""`ldm eval pictures`: prompts, verdicts, baselines and the report, on a tiny cascade."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from ldm.config import UserError
+from ldm.models.classifier import Classifier, ClassifierConfig
+from ldm.weights import save_classifier
+from pipelines.cascade import load_cascade
+from tests.tiny import EMOJI
+from training import judging, picture_report
+from training.data import DataConfig, Reader
+from training.judging import Asked, asked_of, check_judge, nearest_captions, resized, shares, verdicts
+from training.picture_report import evaluate, read_prompts, reference_of
+
+CLASSES = {"cluster": ("a", "b", "c", "d", "e", "f", "g"), "style": ("noto", "twemoji")}
+SHAPE = ClassifierConfig(side_px=32, widths=(8, 8, 8, 8), blocks=(1, 1, 1, 1), norm_groups=4)
+MEASURES = {"concept_top5", "concept_top1", "style", "both"}
+
+
+def lines(split: str) -> list[dict[str, Any]]:
+    found = [json.loads(line) for line in (EMOJI / "metadata.jsonl").read_text().splitlines()]
+    return [line for line in found if line["split"] == split]
+
+
+@pytest.fixture(scope="module")
+def judge_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Untrained, with the classes of the tests' pictures."""
+    own = lines("train")
+    torch.manual_seed(0)
+    names = {label: tuple(sorted({str(line[label]) for line in own})) for label in ("cluster", "style")}
+    folder = tmp_path_factory.mktemp("judge")
+    save_classifier(Classifier(SHAPE, names), folder)
+    return folder
+
+
+def asked(cluster: str, style: str, **fields: Any) -> Asked:
+    return Asked("", "", {"cluster": cluster, "style": style, **fields})
+
+
+def test_verdicts_are_what_the_logits_say(monkeypatch: pytest.MonkeyPatch) -> None:
+    judge = Classifier(SHAPE, CLASSES)
+    ranked = torch.tensor([[7.0, 6, 5, 4, 3, 2, 1]]).repeat(5, 1)
+    styles = torch.tensor([[1.0, 0], [1, 0], [0, 1], [0, 1], [1, 0]])
+    monkeypatch.setattr(judging, "classify", lambda _judge, part: {"cluster": ranked[: len(part)],
+                                                                   "style": styles[: len(part)]})  # fmt: skip
+    wanted = [asked("a", "noto"), asked("e", "twemoji"), asked("e", "twemoji"), asked("f", "twemoji"),
+              asked("unheard of", "noto")]  # fmt: skip
+    found = verdicts(judge, torch.zeros(5, 3, 32, 32), wanted)
+    assert found["concept_top1"].tolist() == [1, 0, 0, 0, 0]
+    assert found["concept_top5"].tolist() == [1, 1, 1, 0, 0]
+    assert found["style"].tolist() == [1, 0, 1, 1, 1]
+    assert found["both"].tolist() == [1, 0, 1, 0, 0]
+    told = shares(found, wanted)
+    assert told["concept_top5"].value == pytest.approx(0.6)
+    assert told["concept_top5"].low <= 0.6 <= told["concept_top5"].high
+
+
+def test_prompts_are_captions_that_name_the_style() -> None:
+    rows = Reader(DataConfig(path=str(EMOJI), split="combos", size_px=64)).rows
+    found = asked_of(rows)
+    assert len(found) == len(lines("combos"))
+    assert all(a.fields["style"] in a.prompt for a in found)
+    assert {a.group for a in found} == {line["cluster"] for line in lines("combos")}
+
+
+def test_the_nearest_caption_of_a_caption_is_itself(tiny_folder: Path) -> None:
+    text = load_cascade(tiny_folder).text
+    captions = [line["captions"][0] for line in lines("train")[:12]]
+    assert nearest_captions(text, captions[::-1], captions) == list(range(12))[::-1]
+
+
+def test_resized() -> None:
+    x = torch.rand(1, 3, 64, 64) * 2 - 1
+    torch.testing.assert_close(resized(x, 16), torch.nn.functional.avg_pool2d(x, 4))
+    assert resized(x, 128).shape == (1, 3, 128, 128)
+    assert resized(x, 64) is not None
+    assert torch.equal(resized(x, 64), x)
+
+
+def test_the_report(tiny_folder: Path, judge_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    told: list[str] = []
+    options: dict[str, Any] = {"judge": judge_folder, "seeds": 2, "cache": tmp_path / "cache"}
+    path = evaluate(tiny_folder, EMOJI, tmp_path / "out", **options, tell=told.append)
+    report = json.loads(path.read_text())
+    held = lines("combos")
+    assert (report["prompts"], report["pictures"]) == (len(held), 2 * len(held))
+    assert report["reference"]["pictures"] == len(lines("train"))
+    assert set(report["judge"]) == {"drawn", "real", "nearest caption's training picture"}
+    for line in report["judge"].values():
+        assert set(line) == MEASURES
+        assert all(0 <= low <= value <= high <= 1 for value, low, high in line.values())
+    assert report["sets"] == {}
+    assert any("no distance of sets" in note for note in report["notes"])
+    near = report["nearest_training_picture"]
+    assert set(near) == {"efflite0", "pixels at 32 px"}
+    assert all(line["ratio"] > 0 and 0 <= line["share nearer than 99% of the real ones"] <= 1 for line in near.values())
+    page = (tmp_path / "out/report.html").read_text()
+    assert "nearest.png" in page
+    assert "http" not in page
+    assert any("judge" in line for line in told)
+    with pytest.raises(UserError, match="already"):
+        evaluate(tiny_folder, EMOJI, tmp_path / "out", **options)
+
+
+def test_features_of_the_training_pictures_are_computed_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reader = Reader(DataConfig(path=str(EMOJI), split="train", size_px=64))
+    network = picture_report.Features()
+    first = reference_of(reader, network, tmp_path)
+    monkeypatch.setattr(picture_report.Seen, "of", None)
+    again = reference_of(reader, network, tmp_path)
+    assert torch.equal(first.features, again.features)
+    assert first.features.shape == (len(reader.rows), 1280)
+    assert first.pixels.abs().max() <= 1
+
+
+def test_sets_of_enough_pictures_have_distances(tmp_path: Path) -> None:
+    reader = Reader(DataConfig(path=str(EMOJI), split="train", size_px=64))
+    seen = reference_of(reader, picture_report.Features(), tmp_path)
+    groups = asked_of(reader.rows)
+    report: dict[str, Any] = {}
+    table = picture_report._sets(seen, None, seen, groups, groups, report)
+    drawn = report["sets"]["drawn"]
+    assert drawn["FD-efflite0"][0] == pytest.approx(0, abs=1e-6)
+    assert drawn["precision"][0] == drawn["recall"][0] == drawn["coverage"][0] == 1
+    assert drawn["IS-efflite0"][0] > 1
+    assert "few for FD" in table.note
+
+
+def test_other_prompts(tiny_folder: Path, judge_folder: Path, tmp_path: Path) -> None:
+    own = lines("train")[0]
+    file = tmp_path / "prompts.jsonl"
+    told = {"prompt": "puppy", "cluster": own["cluster"], "style": own["style"]}
+    file.write_text(f"{json.dumps(told)}\n\n")
+    path = evaluate(tiny_folder, EMOJI, tmp_path / "out", judge_folder, seeds=2, prompts=file, cache=tmp_path / "cache")
+    report = json.loads(path.read_text())
+    assert "real" not in report["judge"]
+    assert report["pictures"] == 2
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [("", "holds no prompt"), ("puppy", r":1: not a JSON object with \"prompt\""),
+     ('{"prompt": "a"}\n{"x": 1}', ":2: not a JSON"), ("[1]", ":1: not a JSON")],
+)  # fmt: skip
+def test_prompts_that_are_none(tmp_path: Path, text: str, reason: str) -> None:
+    (tmp_path / "p.jsonl").write_text(text)
+    with pytest.raises(UserError, match=reason):
+        read_prompts(tmp_path / "p.jsonl")
+
+
+def test_a_judge_that_cannot_judge_is_refused() -> None:
+    with pytest.raises(UserError, match="the judge knows style and not cluster"):
+        check_judge(Classifier(SHAPE, {"style": ("noto",)}), [asked("a", "noto")])
+    with pytest.raises(UserError, match="has no field 'style'"):
+        check_judge(Classifier(SHAPE, CLASSES), [Asked("x", "row 1", {"cluster": "a"})])
+
+
+def test_an_sr_stage_alone_is_refused(tmp_path: Path) -> None:
+    from tests.tiny import save_tiny_sr
+
+    with pytest.raises(UserError, match="stage middle draws nothing by itself"):
+        evaluate(save_tiny_sr(tmp_path), EMOJI, tmp_path / "out", cache=tmp_path / "cache")
+
+
+@pytest.mark.slow
+def test_two_processes_find_what_one_finds(tiny_folder: Path, judge_folder: Path, tmp_path: Path) -> None:
+    reports = []
+    for count in (1, 2):
+        out, cache = tmp_path / f"out{count}", tmp_path / f"cache{count}"
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(count),
+                   "-m", "ldm", "eval", "pictures", str(tiny_folder), str(EMOJI), "--judge", str(judge_folder),
+                   "--seeds", "2", "--cache", str(cache), "--out", str(out)]  # fmt: skip
+        subprocess.run(command, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+        report = json.loads((out / "report.json").read_text())
+        reports.append({k: report[k] for k in ("judge", "nearest_training_picture", "pictures")})
+        shutil.rmtree(cache)
+    assert reports[0]["judge"] == reports[1]["judge"]
+    for name, line in reports[0]["nearest_training_picture"].items():
+        assert reports[1]["nearest_training_picture"][name] == pytest.approx(line, rel=1e-5)

@@ -1,0 +1,321 @@
+"""`ldm eval pictures`: the pictures that a cascade draws for captions it never saw.
+
+    held-out rows -> captions -> Cascade -> pictures -> judge, features -> shares, distances -> report.json, report.html
+    training rows -> features once, kept by the data's digest
+
+Beside each number stands the same for real held-out pictures.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate.utils import gather_object
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from ldm.config import UserError, to_dict
+from ldm.progress import advancing
+from ldm.weights import load_classifier, write_json
+from pipelines.cascade import Cascade, load_cascade
+from pipelines.generate import check_out
+from pipelines.images import grid, save_png, to_uint8
+from training.data import DataConfig, Reader
+from training.environment import environment, prepare_process
+from training.features import SHA256, Features
+from training.files import write_atomically
+from training.judging import Asked, asked_of, check_judge, nearest_captions, resized, shares, verdicts
+from training.processes import process_state, together
+from training.quality import (
+    Coverage,
+    Estimate,
+    FrechetDistance,
+    KernelDistance,
+    Resampler,
+    inception_score,
+    moments,
+    nearest,
+)
+from training.report import Table, write_html
+from training.steps import planes
+
+FEATURES_PX = 128
+PIXELS_PX = 32
+DRAWN_ROWS = 64
+READ_ROWS = 32
+FEW_FRECHET = 1000  # fewer pictures bias the distance by much
+FEW_KERNEL = 50
+FEW_RESAMPLES = 40  # of measures that take a second each
+SHOWN_PAIRS = 10
+SHOWN_PICTURES = 48
+FILES = ("report.json", "report.html", "pictures.png", "nearest.png")
+
+
+@dataclass(frozen=True)
+class Seen:
+    """Pictures as evaluation sees them: features (N, 1280) and logits (N, 1000) of EfficientNet-Lite0 at FEATURES_PX,
+    and the pictures themselves at PIXELS_PX, (N, 3 PIXELS_PX^2) in [-1, 1]."""
+
+    features: Tensor
+    logits: Tensor
+    pixels: Tensor
+
+    @staticmethod
+    def of(pictures: Tensor, network: Features) -> Seen:
+        """Pictures (N, 3, H, W) in [-1, 1]."""
+        found = [network.pooled(resized(part, FEATURES_PX)) for part in torch.split(pictures, READ_ROWS)]
+        features, logits = (torch.cat(parts) for parts in zip(*found, strict=True))
+        return Seen(features, logits, resized(pictures, PIXELS_PX).flatten(1))
+
+    def spaces(self) -> dict[str, Tensor]:
+        """Where near and far are measured."""
+        return {"efflite0": self.features, f"pixels at {PIXELS_PX} px": self.pixels}
+
+
+def evaluate(model: str | Path, data: str | Path, out: str | Path, judge: str | Path | None = None,
+             split: str = "combos", seeds: int = 4, rows: int | None = None, stages: Sequence[str] = (),
+             prompts: str | Path | None = None, cache: str | Path = "cache", overrides: Sequence[str] = (),
+             overwrite: bool = False, device: str | None = None,
+             tell: Callable[[str], None] = lambda line: None) -> Path:  # fmt: skip
+    """Draw `seeds` pictures for a caption of each row of `split` and measure them; returns OUT/report.json.
+
+    judge: a classifier's folder; None leaves its verdicts out. rows: at most so many, evenly spread. stages: those to
+    run, all by default. prompts: a file of other prompts, a JSON object a line with "prompt" and the fields that the
+    judge is to find; they have no real pictures to stand beside. cache: where features of the training split are kept.
+    overrides: sampling, such as "base.guidance=3". device: None is the GPU where there is one.
+    Under a launcher every process draws its share. Raises UserError where the parts do not fit together.
+    """
+    prepare_process()
+    check_out(Path(out), FILES, overwrite)
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    cascade = load_cascade(model, device)
+    cascade = cascade.only(*stages) if stages else cascade
+    if cascade.stages[0].config.low_res is not None:
+        name = cascade.stages[0].config.name
+        raise UserError(f"stage {name} draws nothing by itself: `ldm eval cascade` measures it")
+    side = cascade.stages[-1].config.resolution_px
+    held = Reader(DataConfig(path=str(data), split=split, size_px=side))
+    known = Reader(DataConfig(path=str(data), split="train", size_px=side))
+    asked = _spread(read_prompts(prompts) if prompts else asked_of(held.rows), rows)
+    network = Features().to(device)
+    with together():
+        drawn = _drawn(cascade, [(a, seed) for a in asked for seed in range(seeds)], overrides)
+        reference = reference_of(known, network, cache)
+        if not process_state().is_main_process:
+            return Path(out) / FILES[0]
+    every = [a for a in asked for _ in range(seeds)]
+    tell(f"{len(drawn)} pictures of {len(asked)} prompts, {len({a.group for a in asked})} concepts")
+    own = Seen.of(drawn, network)
+    real = None if prompts else _read(held, [a.key for a in asked])
+    seen_real = None if real is None else Seen.of(real, network)
+    report: dict[str, Any] = {
+        "model": cascade.digest, "split": None if prompts else split, "prompts": len(asked), "seeds": seeds,
+        "pictures": len(drawn), "reference": {"split": "train", "pictures": len(reference.features)},
+        "sampling": [to_dict(s) for s in cascade.sampling(overrides=overrides)],
+        "features": {"network": "EfficientNet-Lite0", "weights": SHA256, "side_px": FEATURES_PX,
+                     "resize": "area where it divides, else antialiased bicubic"}, **environment(),
+    }  # fmt: skip
+    tables = []
+    if judge is not None:
+        tables.append(_judged(Path(judge), cascade, known, asked, every, drawn, real, reference, report))
+    tables.append(_sets(own, seen_real, reference, every, asked, report))
+    tables.append(_memory(own, seen_real, reference, report))
+    for table in tables:
+        tell(str(table))
+    return _write(Path(out), report, tables, drawn, own, reference, known)
+
+
+def read_prompts(path: str | Path) -> list[Asked]:
+    """Prompts of a file of JSON lines. Raises UserError for a line that is none, by its number."""
+    found = []
+    try:
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read as text ({error})") from None
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            told = json.loads(line)
+            prompt = told.pop("prompt")
+        except (ValueError, KeyError, AttributeError, TypeError):
+            raise UserError(f'{path}:{number}: not a JSON object with "prompt"') from None
+        found.append(Asked(str(prompt), f"{path}:{number}", told))
+    if not found:
+        raise UserError(f"{path}: holds no prompt")
+    return found
+
+
+def _spread(asked: list[Asked], count: int | None) -> list[Asked]:
+    if not asked:
+        raise UserError("no row has a caption to draw")
+    count = min(count or len(asked), len(asked))
+    return [asked[k * len(asked) // count] for k in range(count)]
+
+
+def _shared(items: Sequence[Any], work: Callable[[Sequence[Any]], Any]) -> list[Any]:
+    """`work` on this process's items, every so many-th; what all processes made, each with the places it is of."""
+    state = process_state()
+    rank, world = state.process_index, state.num_processes
+    mine = [(list(range(rank, len(items), world)), work(items[rank::world]))] if rank < len(items) else []
+    return gather_object(mine) if world > 1 else mine
+
+
+def _drawn(cascade: Cascade, asked: Sequence[tuple[Asked, int]], overrides: Sequence[str]) -> Tensor:
+    """Pictures (N, 3, H, W) in [-1, 1] of prompts and seeds."""
+    sampling = cascade.sampling(overrides=overrides)
+
+    def work(mine: Sequence[tuple[Asked, int]]) -> np.ndarray:
+        made = []
+        with advancing("drawing", len(mine)) as advance:
+            for start in range(0, len(mine), DRAWN_ROWS):
+                part = mine[start : start + DRAWN_ROWS]
+                made.append(to_uint8(cascade([a.prompt for a, _ in part], [seed for _, seed in part], sampling)))
+                for _ in part:
+                    advance()
+        return np.concatenate(made)
+
+    side = cascade.stages[-1].config.resolution_px
+    pictures = np.empty((len(asked), side, side, 3), dtype=np.uint8)
+    for places, made in _shared(asked, work):
+        pictures[places] = made
+    return planes(torch.from_numpy(pictures))
+
+
+def _read(reader: Reader, keys: Sequence[str]) -> Tensor:
+    rows = {row.key: row for row in reader.rows}
+    return planes(torch.from_numpy(np.stack([reader.read(rows[key]).pixels for key in keys])))
+
+
+def reference_of(reader: Reader, network: Features, cache: str | Path) -> Seen:
+    """What is seen of all pictures of a set: computed once, then read from CACHE/seen-DIGEST.safetensors."""
+    side = reader.config.size_px
+    name = f"seen-{reader.fingerprint[:16]}-{side}-{FEATURES_PX}-{PIXELS_PX}-{SHA256[:8]}.safetensors"
+    path = Path(cache) / name
+    if not path.is_file():
+        rows = reader.rows
+
+        def work(mine: Sequence[Any]) -> Seen:
+            parts = []
+            with advancing("features of the training pictures", len(mine)) as advance:
+                for start in range(0, len(mine), READ_ROWS):
+                    pixels = [reader.read(row).pixels for row in mine[start : start + READ_ROWS]]
+                    parts.append(Seen.of(planes(torch.from_numpy(np.stack(pixels))), network))
+                    for _ in pixels:
+                        advance()
+            return Seen(*(torch.cat([getattr(p, n) for p in parts]) for n in ("features", "logits", "pixels")))
+
+        found = _shared(rows, work)
+        order = torch.tensor([place for places, _ in found for place in places]).argsort()
+        whole = {n: torch.cat([getattr(seen, n) for _, seen in found])[order].contiguous()
+                 for n in ("features", "logits", "pixels")}  # fmt: skip
+        if process_state().is_main_process:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_atomically(path, lambda file: save_file(whole, file))
+        process_state().wait_for_everyone()
+    return Seen(**load_file(path))
+
+
+def _judged(folder: Path, cascade: Cascade, known: Reader, asked: list[Asked], every: list[Asked], drawn: Tensor,
+            real: Tensor | None, reference: Seen, report: dict[str, Any]) -> Table:  # fmt: skip
+    """Shares that the judge finds right: of the drawn pictures, of real ones, and of nearest captions' pictures."""
+    judge = load_classifier(folder)
+    check_judge(judge, asked)
+    train = asked_of(known.rows)
+    near = nearest_captions(cascade.text, [a.prompt for a in asked], [a.prompt for a in train])
+    stand_in = _read(known, [train[i].key for i in near])
+    found = {"drawn": (drawn, every), "nearest caption's training picture": (stand_in, asked)}
+    if real is not None:
+        found["real"] = (real, asked)
+    lines: dict[str, dict[str, Estimate]] = {}
+    for name, (pictures, wanted) in found.items():
+        hits = verdicts(judge, pictures, wanted)
+        lines[name] = shares(hits, wanted)
+        plain = [i for i, a in enumerate(wanted) if not a.flag]
+        if len(plain) < len(wanted):
+            fewer = {key: values[plain] for key, values in hits.items()}
+            lines[f"{name}, without flags"] = shares(fewer, [wanted[i] for i in plain])
+    report["judge"] = _plain(lines)
+    return Table("Does it show what was asked? The judge's verdict, share of pictures", lines, percent=True,
+                 note="concept: the cluster of characters, among the judge's first five or first. 95% intervals over "
+                      "concepts.")  # fmt: skip
+
+
+def _sets(own: Seen, real: Seen | None, reference: Seen, every: list[Asked], asked: list[Asked],
+          report: dict[str, Any]) -> Table:  # fmt: skip
+    """Distances of sets from the training pictures."""
+    lines, notes = {}, []
+    wanted = moments(reference.features)
+    for name, seen, of in (("drawn", own, every), ("real, held out", real, asked)):
+        if seen is None:
+            continue
+        if len(seen.features) < FEW_FRECHET:
+            notes.append(f"{name}: {len(seen.features)} pictures are few for FD-efflite0, which is then too large; "
+                         "KD-efflite0 has no such bias")  # fmt: skip
+        if len(seen.features) < FEW_KERNEL:
+            notes.append(f"{name}: under {FEW_KERNEL} pictures no distance of sets is given")
+            continue
+        groups = [a.group for a in of]
+        sampler, few = Resampler(groups), Resampler(groups, resamples=FEW_RESAMPLES)
+        frechet, kernel = FrechetDistance(seen.features, wanted), KernelDistance(seen.features, reference.features)
+        coverage, score = Coverage(seen.features, reference.features), partial(inception_score, seen.logits)
+        lines[name] = {
+            "FD-efflite0": few.spread(frechet(), frechet), "KD-efflite0": sampler.spread(kernel(), kernel),
+            "precision": sampler.mean(coverage.precision()), "density": sampler.mean(coverage.density()),
+            "recall": few.spread(coverage.recall(), coverage.recall),
+            "coverage": few.spread(coverage.coverage(), coverage.coverage),
+            "IS-efflite0": sampler.spread(score(), score),
+        }  # fmt: skip
+    report["sets"], report["notes"] = _plain(lines), notes
+    return Table(f"Against the {len(reference.features)} training pictures, as sets", lines, note=" ".join(notes))
+
+
+def _memory(own: Seen, real: Seen | None, reference: Seen, report: dict[str, Any]) -> Table:
+    """How near the nearest training picture is, beside the same for real held-out pictures."""
+    lines: dict[str, dict[str, Estimate | float]] = {}
+    for name, space in own.spaces().items():
+        near = nearest(space, reference.spaces()[name].double())[0]
+        lines[name] = {"median distance": float(near.median())}
+        if real is not None:
+            known = nearest(real.spaces()[name], reference.spaces()[name].double())[0]
+            closest = float(known.quantile(0.01))
+            lines[name] |= {
+                "the same of real pictures": float(known.median()),
+                "ratio": float(near.median() / known.median()),
+                "share nearer than 99% of the real ones": float((near < closest).double().mean()),
+            }
+    report["nearest_training_picture"] = _plain(lines)
+    return Table("Distance to the nearest training picture", lines, note="A model that repeats its training pictures "
+                 "has a ratio far below 1.")  # fmt: skip
+
+
+def _plain(lines: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """For JSON: an estimate as [value, low, high]."""
+    return {name: {k: list(v) if isinstance(v, Estimate) else v for k, v in line.items()}
+            for name, line in lines.items()}  # fmt: skip
+
+
+def _write(out: Path, report: dict[str, Any], tables: list[Table], drawn: Tensor, own: Seen, reference: Seen,
+           known: Reader) -> Path:  # fmt: skip
+    out.mkdir(parents=True, exist_ok=True)
+    shown = to_uint8(drawn[:: max(1, len(drawn) // SHOWN_PICTURES)][:SHOWN_PICTURES])
+    save_png(grid(list(shown), columns=8), out / "pictures.png")
+    distance, place = nearest(own.features, reference.features.double())
+    closest = distance.argsort()[:SHOWN_PAIRS].tolist()
+    rows = known.rows
+    real = [known.read(rows[int(place[i])]).pixels for i in closest]
+    save_png(grid([*to_uint8(drawn[closest]), *real], columns=len(closest)), out / "nearest.png")
+    write_json(out / "report.json", report)
+    pictures = {
+        "pictures.png": "Pictures drawn, evenly spread over the prompts.",
+        "nearest.png": "The pictures nearest to a training picture in efflite0 features (above) and those (below).",
+    }
+    write_html(out / "report.html", "Pictures drawn for held-out captions", report, tables, pictures)
+    return out / "report.json"
