@@ -182,6 +182,7 @@ def eval_pictures(
     data: Annotated[Path, typer.Argument(metavar="DATA", help="The data set, with a split `train` and held-out ones.")],
     out: Annotated[Path, typer.Option(help="Folder for the report and its pictures.")] = Path("out/pictures"),
     judge: Annotated[Path | None, typer.Option(help="A classifier's folder, for its verdicts.")] = None,
+    clip: Annotated[Path | None, typer.Option(help="A CLIP's folder, for likeness to the prompt.")] = None,
     split: Annotated[str, typer.Option(help="The held-out split whose captions are drawn.")] = "combos",
     seeds: Annotated[int, typer.Option(min=1, help="Pictures of each caption.")] = 4,
     rows: Annotated[int | None, typer.Option(min=2, help="At most so many captions, evenly spread.")] = None,
@@ -194,7 +195,7 @@ def eval_pictures(
     """Draw pictures for captions never trained on and measure them: do they show it, and how well?"""
     from training.picture_report import evaluate
 
-    typer.echo(str(evaluate(model, data, out, judge, split, seeds, rows, stages or [], prompts, cache,
+    typer.echo(str(evaluate(model, data, out, judge, clip, split, seeds, rows, stages or [], prompts, cache,
                             overrides or [], overwrite, tell=_tell)))  # fmt: skip
 
 

@@ -88,14 +88,15 @@ class _Parts:
 class TextEncoder:
     """A frozen text encoder in float32; `load_text_encoder` makes it.
 
-    width D; max_tokens L, the fixed length of every result; uses_mask: whether padding is told apart; digest:
-    SHA-256 over the bytes of weights, tokenizer and config, the architecture and L; files: name -> path of
-    everything that a copy of this encoder needs; module: the network; device.
+    width D; max_tokens L, the fixed length of every result; pad_id: the token of padding; uses_mask: whether padding is
+    told apart; digest: SHA-256 over the bytes of weights, tokenizer and config, the architecture and L; files:
+    name -> path of everything that a copy of this encoder needs; module: the network; device.
     """
 
     def __init__(self, config: TextConfig, parts: _Parts, max_tokens: int, device: torch.device) -> None:
         self.config = config
         self.width = parts.width
+        self.pad_id = parts.pad_id
         self.max_tokens = max_tokens
         self.uses_mask = config.kind not in ("clip", "open_clip")
         self.files = parts.files

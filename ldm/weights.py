@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
+import shutil
 import struct
 from collections import Counter
 from collections.abc import Callable
@@ -24,11 +25,13 @@ from ldm.config import Config, UserError, parse, to_dict
 from ldm.latents import CodecConfig, LatentCodec
 from ldm.models.autoencoder import build_autoencoder
 from ldm.models.classifier import Classifier, ClassifierConfig
+from ldm.models.clip import Clip, ClipConfig, build_clip, clip_config, clip_settings, tokenizer
 
 N = TypeVar("N", bound=nn.Module)
 
 NETWORK_FILE = "diffusion_pytorch_model.safetensors"
 CLASSIFIER_FILE = "model.safetensors"
+CLIP_FILE = "open_clip_model.safetensors"
 MAX_HEADER_BYTES = 25_000_000
 MAX_DIMENSIONS = 8
 _DTYPES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
@@ -228,3 +231,45 @@ def load_classifier(folder: str | Path) -> Classifier:
     folder = Path(folder)
     found = parse(ClassifierFile, read_json(folder / "config.json"), str(folder / "config.json"))
     return load_network(lambda: Classifier(found.classifier, found.classes), folder / CLASSIFIER_FILE)
+
+
+def save_clip(clip: Clip, text: Path, folder: Path, final: Path) -> None:
+    """Write a folder that open_clip reads, in float16; text: a folder with config and tokenizer of the text tower.
+
+    open_clip finds the text tower's config only by a path that does not depend on the folder: `final`, where the
+    folder will be, is written for that. `load_clip` needs no such path.
+    """
+    from transformers import BertTokenizer  # takes seconds
+
+    folder.mkdir(parents=True, exist_ok=True)
+    # written anew, because Hugging Face's automatic classes do not find every tokenizer that its own class reads
+    BertTokenizer.from_pretrained(text, local_files_only=True).save_pretrained(folder)
+    shutil.copyfile(text / "config.json", folder / "config.json")
+    tensors = {name: value.detach().cpu() for name, value in clip.model.state_dict().items()}
+    # of whole numbers there are only counts of batches, which nothing depends on and half precision cannot hold
+    tensors = {name: (x if x.is_floating_point() else torch.zeros_like(x)).half().contiguous()
+               for name, x in tensors.items()}  # fmt: skip
+    save_file(tensors, folder / CLIP_FILE)
+    settings = clip_settings(clip.config, clip.model.text.output_dim, str(final.absolute()))
+    half = {"mean": [0.5] * 3, "std": [0.5] * 3, "interpolation": "bicubic", "resize_mode": "squash"}
+    write_json(folder / "open_clip_config.json", {"model_cfg": settings, "preprocess_cfg": half})
+
+
+def load_clip(folder: str | Path) -> Clip:
+    """Read a folder of `save_clip`, in eval mode. Raises UserError where it is not one or is damaged."""
+    folder = Path(folder)
+    path, file = folder / "open_clip_config.json", folder / CLIP_FILE
+    try:
+        plain = clip_config(read_json(path)["model_cfg"])
+    except (KeyError, TypeError):
+        raise UserError(f"{path}: not a CLIP of a timm picture tower and a Hugging Face text tower") from None
+    config = parse(ClipConfig, plain, str(path))
+    check_weights_file(file)
+    shapes = read_header(file)
+    model = build_clip(config, folder)
+    wanted = {name: tuple(value.shape) for name, value in model.state_dict().items()}
+    if shapes != wanted:
+        name = min(n for n in shapes.keys() | wanted.keys() if shapes.get(n) != wanted.get(n))
+        raise UserError(f"{file}: {name}: shape {shapes.get(name)}, expected {wanted.get(name)}")
+    model.load_state_dict(load_file(file))
+    return Clip(model.eval().requires_grad_(False), config, tokenizer(folder, config.max_tokens))

@@ -15,13 +15,17 @@ import torch
 
 from ldm.config import UserError
 from ldm.models.classifier import Classifier, ClassifierConfig
-from ldm.weights import save_classifier
+from ldm.models.clip import Clip, ClipConfig, build_clip
+from ldm.weights import save_classifier, save_clip
 from pipelines.cascade import load_cascade
 from tests.tiny import EMOJI
+from tests.tiny_text import tiny_bert
 from training import judging, picture_report
 from training.data import DataConfig, Reader
+from training.features import Features
 from training.judging import Asked, asked_of, check_judge, nearest_captions, resized, shares, verdicts
-from training.picture_report import evaluate, read_prompts, reference_of
+from training.picture_report import evaluate, read_prompts
+from training.seen import Eyes, reference_of
 
 CLASSES = {"cluster": ("a", "b", "c", "d", "e", "f", "g"), "style": ("noto", "twemoji")}
 SHAPE = ClassifierConfig(side_px=32, widths=(8, 8, 8, 8), blocks=(1, 1, 1, 1), norm_groups=4)
@@ -88,9 +92,21 @@ def test_resized() -> None:
     assert torch.equal(resized(x, 64), x)
 
 
-def test_the_report(tiny_folder: Path, judge_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.fixture(scope="module")
+def clip_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Untrained."""
+    text = tiny_bert(tmp_path_factory.mktemp("text"))
+    config = ClipConfig(image_px=32, max_tokens=12)
+    torch.manual_seed(0)
+    clip = Clip(build_clip(config, text), config, lambda texts: torch.zeros(1))
+    folder = tmp_path_factory.mktemp("clip") / "clip"
+    save_clip(clip, text, folder, folder)
+    return folder
+
+
+def test_the_report(tiny_folder: Path, judge_folder: Path, clip_folder: Path, tmp_path: Path) -> None:
     told: list[str] = []
-    options: dict[str, Any] = {"judge": judge_folder, "seeds": 2, "cache": tmp_path / "cache"}
+    options: dict[str, Any] = {"judge": judge_folder, "clip": clip_folder, "seeds": 2, "cache": tmp_path / "cache"}
     path = evaluate(tiny_folder, EMOJI, tmp_path / "out", **options, tell=told.append)
     report = json.loads(path.read_text())
     held = lines("combos")
@@ -100,6 +116,10 @@ def test_the_report(tiny_folder: Path, judge_folder: Path, tmp_path: Path, capsy
     for line in report["judge"].values():
         assert set(line) == MEASURES
         assert all(0 <= low <= value <= high <= 1 for value, low, high in line.values())
+    for line in report["clip"].values():
+        assert set(line) == {"CLIP score", "R@1", "R@5", "CMMD"}
+        assert 0 <= line["R@1"][0] <= line["R@5"][0] <= 1
+    assert report["clip"]["drawn"]["CMMD"] > 0
     assert report["sets"] == {}
     assert any("no distance of sets" in note for note in report["notes"])
     near = report["nearest_training_picture"]
@@ -117,10 +137,10 @@ def test_features_of_the_training_pictures_are_computed_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     reader = Reader(DataConfig(path=str(EMOJI), split="train", size_px=64))
-    network = picture_report.Features()
-    first = reference_of(reader, network, tmp_path)
-    monkeypatch.setattr(picture_report.Seen, "of", None)
-    again = reference_of(reader, network, tmp_path)
+    eyes = Eyes(Features())
+    first = reference_of(reader, eyes, tmp_path)
+    monkeypatch.setattr(Eyes, "see", None)
+    again = reference_of(reader, eyes, tmp_path)
     assert torch.equal(first.features, again.features)
     assert first.features.shape == (len(reader.rows), 1280)
     assert first.pixels.abs().max() <= 1
@@ -128,7 +148,7 @@ def test_features_of_the_training_pictures_are_computed_once(
 
 def test_sets_of_enough_pictures_have_distances(tmp_path: Path) -> None:
     reader = Reader(DataConfig(path=str(EMOJI), split="train", size_px=64))
-    seen = reference_of(reader, picture_report.Features(), tmp_path)
+    seen = reference_of(reader, Eyes(Features()), tmp_path)
     groups = asked_of(reader.rows)
     report: dict[str, Any] = {}
     table = picture_report._sets(seen, None, seen, groups, groups, report)

@@ -113,6 +113,13 @@ def augment(batch: Batch, side_px: int, config: AugmentationConfig) -> Tensor:
     return planes(degrade(stored, stored.shape[1] // side_px, config.degradation, batch.generators))
 
 
+def show_augmented(cache: Cache | Online, side_px: int, config: AugmentationConfig, path: Path) -> None:
+    """Write what `augment` makes of the first items; the same at every time."""
+    first = list(range(min(len(cache), 16)))
+    batch = Batch(cache, first, [torch.Generator().manual_seed(i) for i in first], first, len(first))
+    save_png(grid(list(to_uint8(augment(batch, side_px, config))), columns=8), path)
+
+
 def labels_of(records: Sequence[dict[str, Any]], name: str, classes: Sequence[str]) -> Tensor:
     """The classes of records: (B,) int64, -1 for one that is not among `classes`."""
     places = {value: k for k, value in enumerate(classes)}
@@ -162,12 +169,8 @@ class ClassifierTask:
         return {name: count / len(self._chosen) for name, count in hits.items()} | {"pictures": len(self._chosen)}
 
     def preview(self, module: nn.Module, path: Path) -> None:
-        """What augmentation makes of the first items; the same at every time."""
         assert isinstance(module, ClassifierModule)
-        first = list(range(min(len(self.cache), 16)))
-        batch = Batch(self.cache, first, [torch.Generator().manual_seed(i) for i in first], first, len(first))
-        shown = augment(batch, module.config.classifier.side_px, module.config.augmentation)
-        save_png(grid(list(to_uint8(shown)), columns=8), path)
+        show_augmented(self.cache, module.config.classifier.side_px, module.config.augmentation, path)
 
     def export(self, module: nn.Module, folder: Path, facts: dict[str, Any]) -> None:
         assert isinstance(module, ClassifierModule)

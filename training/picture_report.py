@@ -10,18 +10,16 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from accelerate.utils import gather_object
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ldm.config import UserError, to_dict
+from ldm.models.clip import Clip
 from ldm.progress import advancing
 from ldm.weights import load_classifier, write_json
 from pipelines.cascade import Cascade, load_cascade
@@ -29,9 +27,8 @@ from pipelines.generate import check_out
 from pipelines.images import grid, save_png, to_uint8
 from training.data import DataConfig, Reader
 from training.environment import environment, prepare_process
-from training.features import SHA256, Features
-from training.files import write_atomically
-from training.judging import Asked, asked_of, check_judge, nearest_captions, resized, shares, verdicts
+from training.features import SHA256
+from training.judging import Asked, asked_of, check_judge, nearest_captions, shares, verdicts
 from training.processes import process_state, together
 from training.quality import (
     Coverage,
@@ -39,17 +36,17 @@ from training.quality import (
     FrechetDistance,
     KernelDistance,
     Resampler,
+    cmmd,
     inception_score,
     moments,
     nearest,
+    retrieved,
 )
 from training.report import Table, write_html
+from training.seen import FEATURES_PX, Eyes, Seen, reference_of, shared
 from training.steps import planes
 
-FEATURES_PX = 128
-PIXELS_PX = 32
 DRAWN_ROWS = 64
-READ_ROWS = 32
 FEW_FRECHET = 1000  # fewer pictures bias the distance by much
 FEW_KERNEL = 50
 FEW_RESAMPLES = 40  # of measures that take a second each
@@ -58,37 +55,17 @@ SHOWN_PICTURES = 48
 FILES = ("report.json", "report.html", "pictures.png", "nearest.png")
 
 
-@dataclass(frozen=True)
-class Seen:
-    """Pictures as evaluation sees them: features (N, 1280) and logits (N, 1000) of EfficientNet-Lite0 at FEATURES_PX,
-    and the pictures themselves at PIXELS_PX, (N, 3 PIXELS_PX^2) in [-1, 1]."""
-
-    features: Tensor
-    logits: Tensor
-    pixels: Tensor
-
-    @staticmethod
-    def of(pictures: Tensor, network: Features) -> Seen:
-        """Pictures (N, 3, H, W) in [-1, 1]."""
-        found = [network.pooled(resized(part, FEATURES_PX)) for part in torch.split(pictures, READ_ROWS)]
-        features, logits = (torch.cat(parts) for parts in zip(*found, strict=True))
-        return Seen(features, logits, resized(pictures, PIXELS_PX).flatten(1))
-
-    def spaces(self) -> dict[str, Tensor]:
-        """Where near and far are measured."""
-        return {"efflite0": self.features, f"pixels at {PIXELS_PX} px": self.pixels}
-
-
 def evaluate(model: str | Path, data: str | Path, out: str | Path, judge: str | Path | None = None,
-             split: str = "combos", seeds: int = 4, rows: int | None = None, stages: Sequence[str] = (),
-             prompts: str | Path | None = None, cache: str | Path = "cache", overrides: Sequence[str] = (),
-             overwrite: bool = False, device: str | None = None,
+             clip: str | Path | None = None, split: str = "combos", seeds: int = 4, rows: int | None = None,
+             stages: Sequence[str] = (), prompts: str | Path | None = None, cache: str | Path = "cache",
+             overrides: Sequence[str] = (), overwrite: bool = False, device: str | None = None,
              tell: Callable[[str], None] = lambda line: None) -> Path:  # fmt: skip
     """Draw `seeds` pictures for a caption of each row of `split` and measure them; returns OUT/report.json.
 
-    judge: a classifier's folder; None leaves its verdicts out. rows: at most so many, evenly spread. stages: those to
-    run, all by default. prompts: a file of other prompts, a JSON object a line with "prompt" and the fields that the
-    judge is to find; they have no real pictures to stand beside. cache: where features of the training split are kept.
+    judge: a classifier's folder, clip: a CLIP's; None leaves out what they find. rows: at most so many, evenly
+    spread. stages: those to run, all by default. prompts: a file of other prompts, a JSON object a line with "prompt"
+    and the fields that the judge is to find; they have no real pictures to stand beside. cache: where what is seen of
+    the training split is kept.
     overrides: sampling, such as "base.guidance=3". device: None is the GPU where there is one.
     Under a launcher every process draws its share. Raises UserError where the parts do not fit together.
     """
@@ -104,17 +81,17 @@ def evaluate(model: str | Path, data: str | Path, out: str | Path, judge: str | 
     held = Reader(DataConfig(path=str(data), split=split, size_px=side))
     known = Reader(DataConfig(path=str(data), split="train", size_px=side))
     asked = _spread(read_prompts(prompts) if prompts else asked_of(held.rows), rows)
-    network = Features().to(device)
+    eyes = Eyes.of(clip, device)
     with together():
         drawn = _drawn(cascade, [(a, seed) for a in asked for seed in range(seeds)], overrides)
-        reference = reference_of(known, network, cache)
+        reference = reference_of(known, eyes, cache)
         if not process_state().is_main_process:
             return Path(out) / FILES[0]
     every = [a for a in asked for _ in range(seeds)]
     tell(f"{len(drawn)} pictures of {len(asked)} prompts, {len({a.group for a in asked})} concepts")
-    own = Seen.of(drawn, network)
+    own = eyes.see(drawn)
     real = None if prompts else _read(held, [a.key for a in asked])
-    seen_real = None if real is None else Seen.of(real, network)
+    seen_real = None if real is None else eyes.see(real)
     report: dict[str, Any] = {
         "model": cascade.digest, "split": None if prompts else split, "prompts": len(asked), "seeds": seeds,
         "pictures": len(drawn), "reference": {"split": "train", "pictures": len(reference.features)},
@@ -126,6 +103,8 @@ def evaluate(model: str | Path, data: str | Path, out: str | Path, judge: str | 
     if judge is not None:
         tables.append(_judged(Path(judge), cascade, known, asked, every, drawn, real, reference, report))
     tables.append(_sets(own, seen_real, reference, every, asked, report))
+    if eyes.clip is not None:
+        tables.append(_similar(eyes.clip, own, seen_real, reference, every, asked, report))
     tables.append(_memory(own, seen_real, reference, report))
     for table in tables:
         tell(str(table))
@@ -160,14 +139,6 @@ def _spread(asked: list[Asked], count: int | None) -> list[Asked]:
     return [asked[k * len(asked) // count] for k in range(count)]
 
 
-def _shared(items: Sequence[Any], work: Callable[[Sequence[Any]], Any]) -> list[Any]:
-    """`work` on this process's items, every so many-th; what all processes made, each with the places it is of."""
-    state = process_state()
-    rank, world = state.process_index, state.num_processes
-    mine = [(list(range(rank, len(items), world)), work(items[rank::world]))] if rank < len(items) else []
-    return gather_object(mine) if world > 1 else mine
-
-
 def _drawn(cascade: Cascade, asked: Sequence[tuple[Asked, int]], overrides: Sequence[str]) -> Tensor:
     """Pictures (N, 3, H, W) in [-1, 1] of prompts and seeds."""
     sampling = cascade.sampling(overrides=overrides)
@@ -184,7 +155,7 @@ def _drawn(cascade: Cascade, asked: Sequence[tuple[Asked, int]], overrides: Sequ
 
     side = cascade.stages[-1].config.resolution_px
     pictures = np.empty((len(asked), side, side, 3), dtype=np.uint8)
-    for places, made in _shared(asked, work):
+    for places, made in shared(asked, work):
         pictures[places] = made
     return planes(torch.from_numpy(pictures))
 
@@ -192,35 +163,6 @@ def _drawn(cascade: Cascade, asked: Sequence[tuple[Asked, int]], overrides: Sequ
 def _read(reader: Reader, keys: Sequence[str]) -> Tensor:
     rows = {row.key: row for row in reader.rows}
     return planes(torch.from_numpy(np.stack([reader.read(rows[key]).pixels for key in keys])))
-
-
-def reference_of(reader: Reader, network: Features, cache: str | Path) -> Seen:
-    """What is seen of all pictures of a set: computed once, then read from CACHE/seen-DIGEST.safetensors."""
-    side = reader.config.size_px
-    name = f"seen-{reader.fingerprint[:16]}-{side}-{FEATURES_PX}-{PIXELS_PX}-{SHA256[:8]}.safetensors"
-    path = Path(cache) / name
-    if not path.is_file():
-        rows = reader.rows
-
-        def work(mine: Sequence[Any]) -> Seen:
-            parts = []
-            with advancing("features of the training pictures", len(mine)) as advance:
-                for start in range(0, len(mine), READ_ROWS):
-                    pixels = [reader.read(row).pixels for row in mine[start : start + READ_ROWS]]
-                    parts.append(Seen.of(planes(torch.from_numpy(np.stack(pixels))), network))
-                    for _ in pixels:
-                        advance()
-            return Seen(*(torch.cat([getattr(p, n) for p in parts]) for n in ("features", "logits", "pixels")))
-
-        found = _shared(rows, work)
-        order = torch.tensor([place for places, _ in found for place in places]).argsort()
-        whole = {n: torch.cat([getattr(seen, n) for _, seen in found])[order].contiguous()
-                 for n in ("features", "logits", "pixels")}  # fmt: skip
-        if process_state().is_main_process:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            write_atomically(path, lambda file: save_file(whole, file))
-        process_state().wait_for_everyone()
-    return Seen(**load_file(path))
 
 
 def _judged(folder: Path, cascade: Cascade, known: Reader, asked: list[Asked], every: list[Asked], drawn: Tensor,
@@ -275,6 +217,27 @@ def _sets(own: Seen, real: Seen | None, reference: Seen, every: list[Asked], ask
         }  # fmt: skip
     report["sets"], report["notes"] = _plain(lines), notes
     return Table(f"Against the {len(reference.features)} training pictures, as sets", lines, note=" ".join(notes))
+
+
+def _similar(clip: Clip, own: Seen, real: Seen | None, reference: Seen, every: list[Asked], asked: list[Asked],
+             report: dict[str, Any]) -> Table:  # fmt: skip
+    """By CLIP: how like its prompt a picture is, whether the prompt is found by it, and the distance of sets."""
+    captions = list(dict.fromkeys(a.prompt for a in asked))
+    texts = clip.texts(captions).cpu()
+    lines: dict[str, dict[str, Estimate | float]] = {}
+    for name, seen, of in (("drawn", own, every), ("real, held out", real, asked)):
+        if seen is None:
+            continue
+        sampler = Resampler([a.group for a in of])
+        wanted = torch.tensor([captions.index(a.prompt) for a in of])
+        score = 100 * (seen.clip * texts[wanted]).sum(1).clamp(min=0)
+        lines[name] = {
+            "CLIP score": sampler.mean(score),
+            **{f"R@{top}": sampler.mean(retrieved(seen.clip, texts, wanted, top)) for top in (1, 5)},
+            "CMMD": cmmd(seen.clip, reference.clip),
+        }
+    report["clip"] = _plain(lines)
+    return Table(f"By CLIP, the prompt among {len(captions)} captions", lines)
 
 
 def _memory(own: Seen, real: Seen | None, reference: Seen, report: dict[str, Any]) -> Table:

@@ -18,12 +18,14 @@ from ldm.config import UserError, load, parse
 from ldm.denoiser import Denoiser
 from ldm.latents import CodecConfig, LatentCodec
 from ldm.models.classifier import Classifier
+from ldm.models.clip import build_clip
 from ldm.models.unet import build_unet
 from ldm.noise import NoiseSchedule
 from ldm.text import TextConfig, load_text_encoder
 from ldm.weights import read_json
 from training.autoencoder import AutoencoderRun
 from training.classifier import ClassifierRun, classifier_step
+from training.clip import ClipRun, clip_step, unlock
 from training.diffusion import DiffusionRun
 from training.steps import autoencoder_step
 from training.tasks import AnyRun, RunConfig
@@ -45,8 +47,8 @@ def check_shapes(config: AnyRun, config_path: Path) -> str:
         work = counter.get_total_flops()
     except (RuntimeError, ValueError) as error:
         raise UserError(f"{config_path}: the shapes do not fit: {error}") from None
-    if any(p.grad is None for p in module.parameters()):
-        unused = next(name for name, p in module.named_parameters() if p.grad is None)
+    if any(p.requires_grad and p.grad is None for p in module.parameters()):
+        unused = next(name for name, p in module.named_parameters() if p.requires_grad and p.grad is None)
         raise UserError(f"{config_path}: {unused} plays no part in the loss")
     parameters = sum(p.numel() for p in module.parameters())
     batch, averages = config.loop.batch, 1 + len(config.ema.powers)
@@ -108,8 +110,20 @@ def _classifier(config: ClassifierRun, config_path: Path) -> tuple[nn.Module, Te
     return network, loss, [f"{side} px -> {', '.join(config.labels)}; their classes are the data's, here 2 each"]
 
 
+def _clip(config: ClipRun, config_path: Path) -> tuple[nn.Module, Tensor, list[str]]:
+    encoder = load_text_encoder(config.text, "cpu")
+    # for once computed, with random weights: a text tower looks at its mask's values, which meta tensors lack
+    model = build_clip(config.clip, encoder.files["config.json"].parent)
+    unlock(model, config.unlocked_layers)
+    side, batch = config.clip.image_px, config.loop.batch
+    pictures = torch.randn(batch, 3, side, side)
+    tokens = torch.ones(batch, config.clip.max_tokens, dtype=torch.long)
+    loss = clip_step(model.train(), pictures, tokens).losses[0]
+    return model, loss, [f"{side} px and {config.clip.max_tokens} tokens -> {encoder.width}"]
+
+
 _STEPS: dict[type, Callable[[Any, Path], tuple[nn.Module, Tensor, list[str]]]] = {
-    AutoencoderRun: _autoencoder, ClassifierRun: _classifier, DiffusionRun: _diffusion
+    AutoencoderRun: _autoencoder, ClassifierRun: _classifier, ClipRun: _clip, DiffusionRun: _diffusion
 }  # fmt: skip
 
 

@@ -12,14 +12,15 @@ from ldm.text import TextEncoder
 from ldm.weights import Codec
 from training.autoencoder import AutoencoderRun, AutoencoderTask
 from training.classifier import ClassifierRun, ClassifierTask
+from training.clip import ClipRun, ClipTask
 from training.data import Reader
 from training.diffusion import DiffusionRun, DiffusionTask
 from training.engine import Task
 
-RunConfig = Annotated[AutoencoderRun | ClassifierRun | DiffusionRun, tagged()]
-AnyRun = AutoencoderRun | ClassifierRun | DiffusionRun
+RunConfig = Annotated[AutoencoderRun | ClassifierRun | ClipRun | DiffusionRun, tagged()]
+AnyRun = AutoencoderRun | ClassifierRun | ClipRun | DiffusionRun
 _TASKS: dict[type, Any] = {
-    AutoencoderRun: AutoencoderTask, ClassifierRun: ClassifierTask, DiffusionRun: DiffusionTask
+    AutoencoderRun: AutoencoderTask, ClassifierRun: ClassifierTask, ClipRun: ClipTask, DiffusionRun: DiffusionTask,
 }  # fmt: skip
 
 
