@@ -176,6 +176,22 @@ def ckpt_join(
     typer.echo(str(join(folders, out)))
 
 
+@eval_app.command("codec")
+def eval_codec(
+    model: Annotated[Path, typer.Argument(metavar="MODEL", help="A codec's folder, or a cascade's.")],
+    data: Annotated[Path, typer.Argument(metavar="DATA", help="The data set.")],
+    out: Annotated[Path, typer.Option(help="Folder for the report and its pictures.")] = Path("out/codec"),
+    split: Annotated[str, typer.Option(help="The held-out split.")] = "combos",
+    size_px: Annotated[list[int] | None, typer.Option(min=8, help="Size of pictures; may be repeated.")] = None,
+    pictures: Annotated[int | None, typer.Option(min=2, help="At most so many, evenly spread.")] = None,
+    overwrite: Overwrite = False,
+) -> None:
+    """Measure what a codec loses of held-out pictures."""
+    from training.codec_report import evaluate
+
+    typer.echo(str(evaluate(model, data, out, split, size_px or [64], pictures, overwrite, tell=_tell)))
+
+
 @eval_app.command("pictures")
 def eval_pictures(
     model: Annotated[Path, typer.Argument(metavar="MODEL", help="A cascade folder that begins with a base.")],

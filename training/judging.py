@@ -44,13 +44,13 @@ class Asked:
         return bool(self.fields.get("flag", False))
 
 
-def asked_of(rows: Sequence[Any]) -> list[Asked]:
+def asked_of(rows: Sequence[Any], captions: bool = True) -> list[Asked]:
     """Each row with the first of its captions that names its style, or the first; rows without captions are left
-    out."""
+    out, unless none is needed."""
     found = []
     for row in rows:
         style = str(row.fields.get(STYLE, ""))
-        named = [c for c in row.captions if style in c] or list(row.captions)
+        named = [c for c in row.captions if style in c] or list(row.captions) or ([] if captions else [""])
         if named:
             found.append(Asked(named[0], row.key, row.fields))
     return found

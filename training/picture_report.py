@@ -42,7 +42,7 @@ from training.quality import (
     nearest,
     retrieved,
 )
-from training.report import Table, write_html
+from training.report import Table, plain, write_html
 from training.seen import FEATURES_PX, Eyes, Seen, reference_of, shared
 from training.steps import planes
 
@@ -180,11 +180,11 @@ def _judged(folder: Path, cascade: Cascade, known: Reader, asked: list[Asked], e
     for name, (pictures, wanted) in found.items():
         hits = verdicts(judge, pictures, wanted)
         lines[name] = shares(hits, wanted)
-        plain = [i for i, a in enumerate(wanted) if not a.flag]
-        if len(plain) < len(wanted):
-            fewer = {key: values[plain] for key, values in hits.items()}
-            lines[f"{name}, without flags"] = shares(fewer, [wanted[i] for i in plain])
-    report["judge"] = _plain(lines)
+        kept = [i for i, a in enumerate(wanted) if not a.flag]
+        if len(kept) < len(wanted):
+            fewer = {key: values[kept] for key, values in hits.items()}
+            lines[f"{name}, without flags"] = shares(fewer, [wanted[i] for i in kept])
+    report["judge"] = plain(lines)
     return Table("Does it show what was asked? The judge's verdict, share of pictures", lines, percent=True,
                  note="concept: the cluster of characters, among the judge's first five or first. 95% intervals over "
                       "concepts.")  # fmt: skip
@@ -215,7 +215,7 @@ def _sets(own: Seen, real: Seen | None, reference: Seen, every: list[Asked], ask
             "coverage": few.spread(coverage.coverage(), coverage.coverage),
             "IS-efflite0": sampler.spread(score(), score),
         }  # fmt: skip
-    report["sets"], report["notes"] = _plain(lines), notes
+    report["sets"], report["notes"] = plain(lines), notes
     return Table(f"Against the {len(reference.features)} training pictures, as sets", lines, note=" ".join(notes))
 
 
@@ -236,7 +236,7 @@ def _similar(clip: Clip, own: Seen, real: Seen | None, reference: Seen, every: l
             **{f"R@{top}": sampler.mean(retrieved(seen.clip, texts, wanted, top)) for top in (1, 5)},
             "CMMD": cmmd(seen.clip, reference.clip),
         }
-    report["clip"] = _plain(lines)
+    report["clip"] = plain(lines)
     return Table(f"By CLIP, the prompt among {len(captions)} captions", lines)
 
 
@@ -254,15 +254,9 @@ def _memory(own: Seen, real: Seen | None, reference: Seen, report: dict[str, Any
                 "ratio": float(near.median() / known.median()),
                 "share nearer than 99% of the real ones": float((near < closest).double().mean()),
             }
-    report["nearest_training_picture"] = _plain(lines)
+    report["nearest_training_picture"] = plain(lines)
     return Table("Distance to the nearest training picture", lines, note="A model that repeats its training pictures "
                  "has a ratio far below 1.")  # fmt: skip
-
-
-def _plain(lines: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """For JSON: an estimate as [value, low, high]."""
-    return {name: {k: list(v) if isinstance(v, Estimate) else v for k, v in line.items()}
-            for name, line in lines.items()}  # fmt: skip
 
 
 def _write(out: Path, report: dict[str, Any], tables: list[Table], drawn: Tensor, own: Seen, reference: Seen,

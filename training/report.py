@@ -74,3 +74,9 @@ def write_html(path: Path, title: str, facts: Mapping[str, Any], tables: list[Ta
         f"<h1>{html.escape(title)}</h1>{''.join(table.html() for table in tables)}{shown}"
         f"<h2>All of it</h2><pre>{told}</pre></html>\n", encoding="utf-8",
     )  # fmt: skip
+
+
+def plain(lines: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Measures for JSON: an estimate as [value, low, high]."""
+    return {name: {k: list(v) if isinstance(v, Estimate) else v for k, v in line.items()}
+            for name, line in lines.items()}  # fmt: skip
