@@ -260,13 +260,17 @@ def generate(
     keep_stages: Annotated[
         bool, typer.Option("--keep-stages", help="Write the picture of each stage too, as 0000-base.png.")
     ] = False,
+    best_of: Annotated[
+        int | None, typer.Option(help="Draw so many of each prompt and keep the --n that --clip finds most like it.")
+    ] = None,
+    clip: Annotated[Path | None, typer.Option(help="The folder of the CLIP for --best-of.")] = None,
 ) -> None:
     """Draw pictures for prompts; the last line printed is the grid's path."""
     from pipelines.generate import generate
 
     chosen = [name.strip() for name in stages.split(",") if name.strip()]
     done = generate(prompts, model, n, seed, steps, guidance, out, overwrite, overrides=overrides or (),
-                    stages=chosen, keep_stages=keep_stages, tell=_tell)  # fmt: skip
+                    stages=chosen, keep_stages=keep_stages, best_of=best_of, clip=clip, tell=_tell)  # fmt: skip
     typer.echo(str(done))
 
 

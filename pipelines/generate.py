@@ -15,6 +15,7 @@ from ldm.config import UserError
 from ldm.progress import advancing
 from pipelines.cascade import Cascade, load_cascade
 from pipelines.images import grid, save_png, to_uint8
+from pipelines.ranking import load_ranker, most_like
 from pipelines.stage import MAX_GUIDANCE, MAX_STEPS
 
 SHIPPED = Path(__file__).parent / "weights" / "emoji"
@@ -26,51 +27,51 @@ MAX_PROMPT_CHARS = 20_000
 def generate(prompts: Sequence[str], model: str | Path | None = None, n: int = 4, seed: int = 7,
              steps: int | None = None, guidance: float | None = None, out: str | Path = "out",
              overwrite: bool = False, device: str | None = None, overrides: Sequence[str] = (),
-             stages: Sequence[str] = (), keep_stages: bool = False,
+             stages: Sequence[str] = (), keep_stages: bool = False, best_of: int | None = None,
+             clip: str | Path | None = None,
              tell: Callable[[str], None] = lambda line: None) -> Path:  # fmt: skip
     """Write `n` pictures per prompt and grid.png into `out`; returns the grid's path.
 
     Picture i of prompt j is file j n + i, made with seed + i; seed -1 draws one at random, which the pictures'
     metadata record. device: None is the GPU where there is one. steps and guidance are those of the first stage;
     overrides set anything of any, such as "sr.steps=4". stages: the names of those to run, all by default;
-    keep_stages: write each stage's picture too, as 0000-base.png.
+    keep_stages: write each stage's picture too, as 0000-base.png. best_of: draw so many of each prompt, with seed,
+    seed + 1, ..., and keep the `n` that the CLIP in the folder `clip` finds most like it, best first.
     tell: gets a line for each thing the user should know (truncation, empty prompts, the seed).
     Raises UserError, before any work, for values out of range, a model that cannot be used, or files in the way.
     """
-    check_request(prompts, n, seed, steps, guidance)
+    candidates = n if best_of is None else best_of
+    check_request(prompts, candidates, seed, steps, guidance)
+    judge = load_ranker(n, best_of, clip)
     if seed == -1:
         seed = secrets.randbelow(2**32)
         tell(f"seed {seed}")
     out = Path(out)
     names = [f"{k:04d}.png" for k in range(len(prompts) * n)] + ["grid.png"]
     check_out(out, names, overwrite)
-    cascade = load_cascade(model or SHIPPED, device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    cascade = cascade.only(*stages) if stages else cascade
-    if cascade.stages[0].config.low_res is not None:
-        name = cascade.stages[0].config.name
-        raise UserError(f"stage {name} enlarges pictures and draws none: `ldm upscale` runs it")
+    cascade = _drawing(model or SHIPPED, stages, device or ("cuda" if torch.cuda.is_available() else "cpu"))
     kept = [stage.config.name for stage in cascade.stages[:-1]] if keep_stages else []
     names += [f"{k:04d}-{stage}.png" for k in range(len(prompts) * n) for stage in kept]
     check_out(out, names, overwrite)
     side = cascade.stages[-1].config.resolution_px
-    if len(prompts) * n * side**2 > MAX_PIXELS:
+    if len(prompts) * candidates * side**2 > MAX_PIXELS:
         raise UserError(
-            f"{len(prompts)} prompts x n {n} at {side} px is too much for one call; at most "
+            f"{len(prompts)} prompts x n {candidates} at {side} px is too much for one call; at most "
             f"{MAX_PIXELS // side**2} pictures"
         )
     sampling = cascade.sampling(steps, guidance, overrides)
-    for prompt in (p for p in prompts if len(p) > MAX_PROMPT_CHARS):
-        tell(f"prompt {prompt[:40]!a}: the first {MAX_PROMPT_CHARS} of {len(prompt)} characters are read")
+    for line in (line for prompt in prompts for line in prompt_notes(cascade, prompt)):
+        tell(line)
     prompts = [prompt[:MAX_PROMPT_CHARS] for prompt in prompts]
-    for prompt in prompts:
-        for line in prompt_notes(cascade, prompt):
-            tell(line)
-    asked = [(prompt, seed + i) for prompt in prompts for i in range(n)]
+    asked = [(prompt, seed + i) for prompt in prompts for i in range(candidates)]
     calls = sum(o.steps * math.ceil(len(asked) / o.rows) for o in sampling)
     with advancing("denoising", calls) as advance:
         drawn = cascade.draw(
             [p for p, _ in asked], [s for _, s in asked], sampling, on_step=lambda _done, _of: advance()
         )
+    if judge is not None:
+        best = most_like(judge, prompts, drawn[-1], n)
+        drawn, asked = [made[best] for made in drawn], [asked[k] for k in best]
     pictures = to_uint8(drawn[-1])
     columns = n if len(prompts) > 1 else min(n, math.ceil(math.sqrt(n)))
     with writing(out):
@@ -82,6 +83,16 @@ def generate(prompts: Sequence[str], model: str | Path | None = None, n: int = 4
                 save_png(picture, out / f"{k:04d}-{stage}.png", own.recipe(*asked[k], sampling[: len(own.stages)]))
         save_png(grid(list(pictures), columns), out / "grid.png")
     return out / "grid.png"
+
+
+def _drawing(model: str | Path, stages: Sequence[str], device: str) -> Cascade:
+    """A cascade, or some of its stages. Raises UserError where the first draws nothing by itself."""
+    cascade = load_cascade(model, device)
+    cascade = cascade.only(*stages) if stages else cascade
+    if cascade.stages[0].config.low_res is not None:
+        name = cascade.stages[0].config.name
+        raise UserError(f"stage {name} enlarges pictures and draws none: `ldm upscale` runs it")
+    return cascade
 
 
 @contextmanager
@@ -133,7 +144,10 @@ def prompt_notes(cascade: Cascade, prompt: str) -> list[str]:
     shown = ascii(prompt[:40])
     if not prompt.strip():
         return [f"prompt {shown} is empty: drawn without conditioning"]
-    used, total = cascade.text.token_count(prompt)
+    notes = []
+    if len(prompt) > MAX_PROMPT_CHARS:
+        notes.append(f"prompt {shown}: the first {MAX_PROMPT_CHARS} of {len(prompt)} characters are read")
+    used, total = cascade.text.token_count(prompt[:MAX_PROMPT_CHARS])
     if used < total:
-        return [f"prompt {shown}: {used} of {total} tokens are used, the rest is cut off"]
-    return []
+        notes.append(f"prompt {shown}: {used} of {total} tokens are used, the rest is cut off")
+    return notes

@@ -79,9 +79,6 @@ def upscale(pictures: Sequence[str | Path], model: str | Path | None = None, sca
     if seed == -1:
         seed = secrets.randbelow(2**32)
         tell(f"seed {seed}")
-    if len(prompt) > MAX_PROMPT_CHARS:
-        tell(f"prompt {prompt[:40]!a}: the first {MAX_PROMPT_CHARS} of {len(prompt)} characters are read")
-        prompt = prompt[:MAX_PROMPT_CHARS]
     check_scale(scale)
     jobs = [_job(Path(picture), Path(out), scale) for picture in pictures]
     _check_targets(jobs, Path(out), overwrite)
@@ -91,6 +88,7 @@ def upscale(pictures: Sequence[str | Path], model: str | Path | None = None, sca
     if prompt.strip():
         for line in prompt_notes(cascade, prompt):
             tell(line)
+    prompt = prompt[:MAX_PROMPT_CHARS]
     steps = 0
     for job in jobs:
         tiles, own, memory = job.plan(cascade, sampling)
