@@ -215,6 +215,26 @@ def eval_pictures(
                             overrides or [], overwrite, tell=_tell)))  # fmt: skip
 
 
+@eval_app.command("sweep")
+def eval_sweep(
+    model: Annotated[Path, typer.Argument(metavar="MODEL", help="A cascade folder that begins with a base.")],
+    data: Annotated[Path, typer.Argument(metavar="DATA", help="The data set, with a split `train` and held-out ones.")],
+    sweep: Annotated[list[str], typer.Option(metavar="FIELD=V,V", help="Sampling fields; may be repeated.")],
+    out: Annotated[Path, typer.Option(help="Folder for the report and its pictures.")] = Path("out/sweep"),
+    judge: Annotated[Path | None, typer.Option(help="A classifier's folder, for its verdicts.")] = None,
+    against: Annotated[list[Path] | None, typer.Option(help="Another model beside it; may be repeated.")] = None,
+    split: Annotated[str, typer.Option(help="The held-out split whose captions are drawn.")] = "combos",
+    pictures: Annotated[int, typer.Option(min=2, help="Pictures of each combination.")] = 256,
+    cache: Annotated[Path, typer.Option(help="Where features of the training pictures are kept.")] = Path("cache"),
+    overwrite: Overwrite = False,
+) -> None:
+    """Draw by the base alone with every combination of settings: what does quality cost?"""
+    from training.picture_sweep import evaluate
+
+    typer.echo(str(evaluate(model, data, out, sweep, judge, against or [], split, pictures, cache, overwrite,
+                            tell=_tell)))  # fmt: skip
+
+
 @eval_app.command("cascade")
 def eval_cascade(
     model: Annotated[Path, typer.Argument(metavar="MODEL", help="A cascade folder with an SR stage.")],

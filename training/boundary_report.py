@@ -59,7 +59,7 @@ def evaluate(model: str | Path, data: str | Path, out: str | Path, stage: str | 
     chosen = sr_stage(cascade, stage)
     config = chosen.config.low_res
     assert config is not None
-    settings = _settings(cascade, chosen, swept)
+    settings = settings_of(cascade, chosen, swept)
     others = {str(folder): _peer(folder, chosen, device) for folder in against}
     reader = Reader(DataConfig(path=str(data), split=split, size_px=chosen.config.resolution_px))
     held = _held(reader.hold_out(stride)[1] if stride else reader, pictures, config.scale)
@@ -100,7 +100,7 @@ def evaluate(model: str | Path, data: str | Path, out: str | Path, stage: str | 
     return path
 
 
-def _settings(cascade: Cascade, stage: Stage, swept: Sequence[str]) -> list[SamplingConfig]:
+def settings_of(cascade: Cascade, stage: Stage, swept: Sequence[str]) -> list[SamplingConfig]:
     """The stage's sampling with every combination of "FIELD=VALUE,VALUE...". Raises UserError for what it cannot
     have."""
     axes: dict[str, list[str]] = {}

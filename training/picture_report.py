@@ -25,6 +25,7 @@ from ldm.weights import load_classifier, write_json
 from pipelines.cascade import Cascade, load_cascade
 from pipelines.generate import check_out
 from pipelines.images import grid, save_png, to_uint8
+from pipelines.stage import SamplingConfig
 from training.data import DataConfig, Reader
 from training.environment import environment, prepare_process
 from training.features import SHA256
@@ -80,14 +81,15 @@ def evaluate(model: str | Path, data: str | Path, out: str | Path, judge: str | 
     side = cascade.stages[-1].config.resolution_px
     held = Reader(DataConfig(path=str(data), split=split, size_px=side))
     known = Reader(DataConfig(path=str(data), split="train", size_px=side))
-    asked = _spread(read_prompts(prompts) if prompts else asked_of(held.rows), rows)
+    asked = _spread(read_prompts(prompts), rows) if prompts else asked_in(held, rows)
     eyes = Eyes.of(clip, device)
     with together():
-        drawn = _drawn(cascade, [(a, seed) for a in asked for seed in range(seeds)], overrides)
+        every = [(a, seed) for a in asked for seed in range(seeds)]
+        drawn = drawn_of(cascade, every, cascade.sampling(overrides=overrides))
         reference = reference_of(known, eyes, cache)
         if not process_state().is_main_process:
             return Path(out) / FILES[0]
-    every = [a for a in asked for _ in range(seeds)]
+    each = [a for a, _ in every]
     tell(f"{len(drawn)} pictures of {len(asked)} prompts, {len({a.group for a in asked})} concepts")
     own = eyes.see(drawn)
     real = None if prompts else _read(held, [a.key for a in asked])
@@ -101,10 +103,10 @@ def evaluate(model: str | Path, data: str | Path, out: str | Path, judge: str | 
     }  # fmt: skip
     tables = []
     if judge is not None:
-        tables.append(_judged(Path(judge), cascade, known, asked, every, drawn, real, reference, report))
-    tables.append(_sets(own, seen_real, reference, every, asked, report))
+        tables.append(_judged(Path(judge), cascade, known, asked, each, drawn, real, reference, report))
+    tables.append(_sets(own, seen_real, reference, each, asked, report))
     if eyes.clip is not None:
-        tables.append(_similar(eyes.clip, own, seen_real, reference, every, asked, report))
+        tables.append(_similar(eyes.clip, own, seen_real, reference, each, asked, report))
     tables.append(_memory(own, seen_real, reference, report))
     for table in tables:
         tell(str(table))
@@ -132,6 +134,11 @@ def read_prompts(path: str | Path) -> list[Asked]:
     return found
 
 
+def asked_in(reader: Reader, count: int | None = None) -> list[Asked]:
+    """A prompt of each row of a set, of at most `count` rows, evenly spread."""
+    return _spread(asked_of(reader.rows), count)
+
+
 def _spread(asked: list[Asked], count: int | None) -> list[Asked]:
     if not asked:
         raise UserError("no row has a caption to draw")
@@ -139,9 +146,8 @@ def _spread(asked: list[Asked], count: int | None) -> list[Asked]:
     return [asked[k * len(asked) // count] for k in range(count)]
 
 
-def _drawn(cascade: Cascade, asked: Sequence[tuple[Asked, int]], overrides: Sequence[str]) -> Tensor:
-    """Pictures (N, 3, H, W) in [-1, 1] of prompts and seeds."""
-    sampling = cascade.sampling(overrides=overrides)
+def drawn_of(cascade: Cascade, asked: Sequence[tuple[Asked, int]], sampling: Sequence[SamplingConfig]) -> Tensor:
+    """Pictures (N, 3, H, W) in [-1, 1] of prompts and seeds; each process of a launch draws its share."""
 
     def work(mine: Sequence[tuple[Asked, int]]) -> np.ndarray:
         made = []
