@@ -112,7 +112,7 @@ def train(
         Literal["auto", "must", "never"], typer.Option(help="must: never start anew; never: only start anew.")
     ] = "auto",
     init: Annotated[
-        Path | None, typer.Option(help="Start from these released weights (a codec or cascade folder).")
+        Path | None, typer.Option(help="Start from these released weights (a folder as RUN/final).")
     ] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Check config, data and one step of everything; print the plan; stop.")
