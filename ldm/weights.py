@@ -1,6 +1,7 @@
 """Weights on disk: a folder = config.json + safetensors. Save, load strictly, digest. Never a pickle.
 
-Networks are saved in diffusers' own layout, so that the stock classes load them too.
+Networks are saved in diffusers' own layout and CLIPs in open_clip's, so that the stock classes load them too;
+classifiers in one of ours.
 """
 
 from __future__ import annotations
