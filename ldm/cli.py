@@ -192,6 +192,22 @@ def eval_codec(
     typer.echo(str(evaluate(model, data, out, split, size_px or [64], pictures, overwrite, tell=_tell)))
 
 
+@eval_app.command("loss")
+def eval_loss(
+    model: Annotated[Path, typer.Argument(metavar="MODEL", help="A cascade folder.")],
+    data: Annotated[Path, typer.Argument(metavar="DATA", help="The data set.")],
+    out: Annotated[Path, typer.Option(help="Folder for the report and its curves.")] = Path("out/loss"),
+    split: Annotated[str, typer.Option(help="The held-out split.")] = "combos",
+    rows: Annotated[int | None, typer.Option(min=2, help="At most so many pictures, evenly spread.")] = None,
+    cache: Annotated[Path, typer.Option(help="Where the encoded pictures are kept.")] = Path("cache"),
+    overwrite: Overwrite = False,
+) -> None:
+    """Measure the error of each stage's network by noise level, with and without the caption."""
+    from training.loss_report import evaluate
+
+    typer.echo(str(evaluate(model, data, out, split, rows, cache, overwrite, tell=_tell)))
+
+
 @eval_app.command("pictures")
 def eval_pictures(
     model: Annotated[Path, typer.Argument(metavar="MODEL", help="A cascade folder that begins with a base.")],

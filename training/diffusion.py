@@ -206,20 +206,10 @@ class DiffusionTask:
         """Unweighted loss by noise level on held-out items, with the same noise every time; of an SR stage with
         small pictures as they are."""
         assert isinstance(module, DiffusionModule)
-        device = next(module.parameters()).device
         last = module.frozen.last
         levels = [*(EVALUATION_LEVELS if last < 1 else ()), *((100,) if last else ())]
-        totals = dict.fromkeys(levels, 0.0)
-        for start in range(0, len(self._chosen), EVALUATION_ROWS):
-            indices = self._chosen[start : start + EVALUATION_ROWS]
-            x0, cond = evaluation_inputs(self.held_out, indices, module.frozen)
-            for level in totals:
-                generators = [keyed_generator(0, "evaluation", level, i) for i in indices]
-                draws = torch.stack([torch.randn(x0.shape[1:], generator=g) for g in generators])
-                t = torch.full((len(x0),), level / 100, dtype=torch.float64)
-                error = module.denoiser.error(x0.to(device), draws.to(device), t, cond.to(device))
-                totals[level] += float(error.sum())
-        losses = {f"loss_t{level / 100:.2f}": total / len(self._chosen) for level, total in totals.items()}
+        found = errors_by_level(module.denoiser, module.frozen, self.held_out, self._chosen, levels)
+        losses = {f"loss_t{level / 100:.2f}": float(errors.mean()) for level, errors in found.items()}
         return {**losses, "loss_mean": sum(losses.values()) / len(losses)}
 
     def preview(self, module: nn.Module, path: Path) -> None:
@@ -256,13 +246,32 @@ class DiffusionTask:
             write_json(partial / "training.json", facts)
 
 
-def evaluation_inputs(cache: Cache | Online, indices: Sequence[int], frozen: Frozen) -> tuple[Tensor, Conditioning]:
+@torch.no_grad()
+def errors_by_level(denoiser: Denoiser, frozen: Frozen, cache: Cache | Online, chosen: Sequence[int],
+                    levels: Sequence[int], told: bool = True) -> dict[int, Tensor]:  # fmt: skip
+    """Mean squared error of the target of each chosen item, (N,), at levels in hundredths of t; an item's noise at a
+    level is the same every time. told: with the item's text, or with the null."""
+    device = next(denoiser.parameters()).device
+    found: dict[int, list[Tensor]] = {level: [] for level in levels}
+    for start in range(0, len(chosen), EVALUATION_ROWS):
+        indices = chosen[start : start + EVALUATION_ROWS]
+        x0, cond = evaluation_inputs(cache, indices, frozen, told)
+        for level in levels:
+            generators = [keyed_generator(0, "evaluation", level, i) for i in indices]
+            draws = torch.stack([torch.randn(x0.shape[1:], generator=g) for g in generators])
+            t = torch.full((len(x0),), level / 100, dtype=torch.float64)
+            found[level].append(denoiser.error(x0.to(device), draws.to(device), t, cond.to(device)).cpu())
+    return {level: torch.cat(parts) for level, parts in found.items()}
+
+
+def evaluation_inputs(cache: Cache | Online, indices: Sequence[int], frozen: Frozen, told: bool = True
+                      ) -> tuple[Tensor, Conditioning]:  # fmt: skip
     """Normalised latents (B, C, h, w) of whole items, no draw of the posterior, and what a network is told of them:
-    their first caption, their small picture at level 0."""
+    their first caption, or where not `told` the null, and their small picture at level 0."""
     stored = cache.stored(indices)
     small = small_pictures(cache, indices, stored, frozen)
     x0 = frozen.normalisation.apply(raw_latents(stored, small, frozen))
-    cond = cache.text([cache.captions(i)[0] for i in indices])
+    cond = cache.text([cache.captions(i)[0] for i in indices]) if told else frozen.null.expand(len(indices))
     if frozen.low_res is not None and small is not None:
         level = torch.zeros(len(indices), dtype=torch.float64)
         shape = (len(indices), frozen.low_res.channels(frozen.codec.config.factor), *x0.shape[2:])

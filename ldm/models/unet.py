@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 
-from ldm.config import Config
+from ldm.config import Config, UserError
 
 
 @dataclass(frozen=True)
@@ -16,6 +16,9 @@ class UNetConfig(Config):
     attention: per level, whether its blocks attend (self and cross). The middle block always does.
     self_attention: without it blocks attend to the text only, and the middle block not at all, so that cost grows
     with the area of a picture and not with its square: for super-resolution.
+    pooled_text: whether the text, pooled by attention, is also added to the embedding of t that every block sees
+    (Saharia et al. 2022, Imagen, sec. 2.2). adaptive_norm: whether that embedding scales and shifts the normalised
+    features of a block (Dhariwal & Nichol 2021, eq. 1) or is added to them.
     """
 
     widths: tuple[int, ...] = (128, 256)
@@ -24,6 +27,8 @@ class UNetConfig(Config):
     heads: int = 8
     norm_groups: int = 32
     self_attention: bool = True
+    pooled_text: bool = False
+    adaptive_norm: bool = False
 
     def __post_init__(self) -> None:
         if len(self.attention) != len(self.widths) or not self.widths:
@@ -47,8 +52,11 @@ def build_unet(config: UNetConfig, channels: int, text_width: int, low_res_chann
     """A UNet2DConditionModel with random weights: (B, channels, H, W), t, text (B, L, text_width) -> like x.
 
     With `low_res_channels` its input has as many channels more, and it takes the level, in thousandths, as
-    `class_labels`, embedded as t is, by weights of its own.
+    `class_labels`, embedded as t is, by weights of its own. Raises UserError where the heads do not divide a text
+    width that is pooled.
     """
+    if config.pooled_text and text_width % config.heads:
+        raise UserError(f"unet.pooled_text: heads {config.heads} must divide the text's width {text_width}")
     down = tuple("CrossAttnDownBlock2D" if a else "DownBlock2D" for a in config.attention)
     up = tuple("CrossAttnUpBlock2D" if a else "UpBlock2D" for a in reversed(config.attention))
     return UNet2DConditionModel(
@@ -62,6 +70,9 @@ def build_unet(config: UNetConfig, channels: int, text_width: int, low_res_chann
         attention_head_dim=config.heads,
         cross_attention_dim=text_width,
         norm_num_groups=config.norm_groups,
+        addition_embed_type="text" if config.pooled_text else None,
+        addition_embed_type_num_heads=config.heads,
+        resnet_time_scale_shift="scale_shift" if config.adaptive_norm else "default",
         class_embed_type="timestep" if low_res_channels else None,
         only_cross_attention=not config.self_attention,
         mid_block_type="UNetMidBlock2DCrossAttn" if config.self_attention else "UNetMidBlock2D",
