@@ -300,13 +300,18 @@ def generate(
         int | None, typer.Option(help="Draw so many of each prompt and keep the --n that --clip finds most like it.")
     ] = None,
     clip: Annotated[Path | None, typer.Option(help="The folder of the CLIP for --best-of.")] = None,
+    negative: Annotated[str, typer.Option(help="A prompt to guide away from.")] = "",
+    weak: Annotated[
+        Path | None, typer.Option(help="A weaker cascade, for --set base.guided=network (autoguidance).")
+    ] = None,
 ) -> None:
     """Draw pictures for prompts; the last line printed is the grid's path."""
     from pipelines.generate import generate
 
     chosen = [name.strip() for name in stages.split(",") if name.strip()]
     done = generate(prompts, model, n, seed, steps, guidance, out, overwrite, overrides=overrides or (),
-                    stages=chosen, keep_stages=keep_stages, best_of=best_of, clip=clip, tell=_tell)  # fmt: skip
+                    stages=chosen, keep_stages=keep_stages, best_of=best_of, clip=clip, negative=negative, weak=weak,
+                    tell=_tell)  # fmt: skip
     typer.echo(str(done))
 
 

@@ -34,6 +34,12 @@ class Prediction(NamedTuple):
     eps: Tensor
     var_mix: Tensor | None = None
 
+    def map(self, function: Callable[[Tensor], Tensor]) -> Prediction:
+        """Each of them through `function`."""
+        return Prediction(
+            function(self.x0), function(self.eps), None if self.var_mix is None else function(self.var_mix)
+        )
+
 
 Predict = Callable[[Tensor, Tensor], Prediction]  # (x_t, t) with the conditioning bound
 

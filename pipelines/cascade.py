@@ -68,6 +68,7 @@ class Cascade:
     stages: list[Stage]
     text: TextEncoder
     digest: str = ""
+    weak_digest: str = ""
 
     @property
     def codec(self) -> Codec:
@@ -113,6 +114,8 @@ class Cascade:
         for stage, values in zip(self.stages, merged, strict=True):
             place = f"sampling of {stage.config.name}"
             found.append(parse(SamplingConfig, values, place))
+            if found[-1].guided == "network" and stage.weak is None:
+                raise UserError(f"{place}: guided network needs a weaker network: name its folder with --weak")
             try:
                 replace(stage.config, sampling=found[-1])
                 GRIDS[found[-1].grid](found[-1].steps, stage.denoiser.schedule)
@@ -121,18 +124,20 @@ class Cascade:
         return found
 
     def draw(self, prompts: Sequence[str], seeds: Sequence[int], sampling: Sequence[SamplingConfig] | None = None,
-             low_res: Tensor | None = None, on_step: OnStep | None = None) -> list[Tensor]:  # fmt: skip
+             low_res: Tensor | None = None, on_step: OnStep | None = None, negative: str = ""
+             ) -> list[Tensor]:  # fmt: skip
         """What each stage makes: pictures (B, 3, H, W) in [-1, 1], on the CPU, one per prompt and seed, in steps
         of 1/255 as a file would hold them, since that is what the next stage gets.
 
-        low_res: what the first stage enlarges, (B, 3, h, w) in [-1, 1], if it is an SR stage.
+        low_res: what the first stage enlarges, (B, 3, h, w) in [-1, 1], if it is an SR stage. negative: a prompt to
+        guide away from, in place of none.
         A picture depends on its prompt, its seed, its low_res and the sampling only, never on its companions.
         """
         if len(prompts) != len(seeds) or not prompts:
             raise ValueError(f"one seed per prompt is needed: {len(prompts)} prompts, {len(seeds)} seeds")
         made = []
         with torch.no_grad():
-            cond, null = Conditioning(*self.text.encode(prompts)), Conditioning(*self.text.encode([""]))
+            cond, null = Conditioning(*self.text.encode(prompts)), Conditioning(*self.text.encode([negative]))
             for stage, options in zip(self.stages, sampling or self.sampling(), strict=True):
                 low_res = _in_steps(stage.sample(cond, null, seeds, options, low_res, on_step))
                 made.append(low_res)
@@ -143,10 +148,34 @@ class Cascade:
         """The pictures of the last stage, as `draw` makes them."""
         return self.draw(prompts, seeds, sampling, on_step=on_step)[-1]
 
-    def recipe(self, prompt: str, seed: int, sampling: Sequence[SamplingConfig]) -> dict[str, Any]:
+    def weakened(self, weak: Cascade) -> Cascade:
+        """With each stage's weaker network, for autoguidance, from the stage of the same name in another cascade.
+
+        Raises UserError where none has that name, or one draws other latents or knows another text encoder.
+        """
+        own = {stage.config.name: stage for stage in weak.stages}
+        if weak.text.digest != self.text.digest:
+            raise UserError("the weaker model has another text encoder, so it cannot be told the same")
+        if not any(stage.config.name in own for stage in self.stages):
+            raise UserError(f"the weaker model has stages {', '.join(own)}, and none of this one's names")
+        stages = []
+        for stage in self.stages:
+            other = own.get(stage.config.name)
+            if other is None:
+                stages.append(stage)
+                continue
+            for name in ("resolution_px", "schedule", "normalisation", "codec_digest", "low_res"):
+                if getattr(other.config, name) != getattr(stage.config, name):
+                    raise UserError(f"stage {stage.config.name}: {name} of the weaker model is another")
+            stages.append(replace(stage, weak=other.denoiser))
+        return replace(self, stages=stages, weak_digest=weak.digest)
+
+    def recipe(self, prompt: str, seed: int, sampling: Sequence[SamplingConfig], negative: str = "") -> dict[str, Any]:
         """What makes a picture again: no time, path, host or number of companions."""
         stages = [{"name": s.config.name, **s.settings(o)} for s, o in zip(self.stages, sampling, strict=True)]
-        return {"prompt": prompt, "seed": seed, "model": self.digest, "stages": stages}
+        found: dict[str, Any] = {"prompt": prompt, "seed": seed, "model": self.digest, "stages": stages}
+        weak = self.weak_digest if any(options.guided == "network" for options in sampling) else ""
+        return found | {k: v for k, v in (("negative", negative), ("weak", weak)) if v}
 
     def save(self, folder: Path) -> None:
         """Write the cascade as a folder, complete or not at all. Raises UserError where one exists."""

@@ -16,7 +16,7 @@ from ldm.progress import advancing
 from pipelines.cascade import Cascade, load_cascade
 from pipelines.images import grid, save_png, to_uint8
 from pipelines.ranking import load_ranker, most_like
-from pipelines.stage import MAX_GUIDANCE, MAX_STEPS
+from pipelines.stage import MAX_GUIDANCE, MAX_STEPS, SamplingConfig
 
 SHIPPED = Path(__file__).parent / "weights" / "emoji"
 MAX_SEED = 2**63 - 1
@@ -28,7 +28,7 @@ def generate(prompts: Sequence[str], model: str | Path | None = None, n: int = 4
              steps: int | None = None, guidance: float | None = None, out: str | Path = "out",
              overwrite: bool = False, device: str | None = None, overrides: Sequence[str] = (),
              stages: Sequence[str] = (), keep_stages: bool = False, best_of: int | None = None,
-             clip: str | Path | None = None,
+             clip: str | Path | None = None, negative: str = "", weak: str | Path | None = None,
              tell: Callable[[str], None] = lambda line: None) -> Path:  # fmt: skip
     """Write `n` pictures per prompt and grid.png into `out`; returns the grid's path.
 
@@ -36,7 +36,9 @@ def generate(prompts: Sequence[str], model: str | Path | None = None, n: int = 4
     metadata record. device: None is the GPU where there is one. steps and guidance are those of the first stage;
     overrides set anything of any, such as "sr.steps=4". stages: the names of those to run, all by default;
     keep_stages: write each stage's picture too, as 0000-base.png. best_of: draw so many of each prompt, with seed,
-    seed + 1, ..., and keep the `n` that the CLIP in the folder `clip` finds most like it, best first.
+    seed + 1, ..., and keep the `n` that the CLIP in the folder `clip` finds most like it, best first. negative: a
+    prompt to guide away from. weak: a cascade whose stages, less trained or smaller, those of the same names are
+    guided against where overrides say so, as "base.guided=network".
     tell: gets a line for each thing the user should know (truncation, empty prompts, the seed).
     Raises UserError, before any work, for values out of range, a model that cannot be used, or files in the way.
     """
@@ -49,7 +51,7 @@ def generate(prompts: Sequence[str], model: str | Path | None = None, n: int = 4
     out = Path(out)
     names = [f"{k:04d}.png" for k in range(len(prompts) * n)] + ["grid.png"]
     check_out(out, names, overwrite)
-    cascade = _drawing(model or SHIPPED, stages, device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    cascade = _drawing(model or SHIPPED, stages, device or ("cuda" if torch.cuda.is_available() else "cpu"), weak)
     kept = [stage.config.name for stage in cascade.stages[:-1]] if keep_stages else []
     names += [f"{k:04d}-{stage}.png" for k in range(len(prompts) * n) for stage in kept]
     check_out(out, names, overwrite)
@@ -60,39 +62,46 @@ def generate(prompts: Sequence[str], model: str | Path | None = None, n: int = 4
             f"{MAX_PIXELS // side**2} pictures"
         )
     sampling = cascade.sampling(steps, guidance, overrides)
-    for line in (line for prompt in prompts for line in prompt_notes(cascade, prompt)):
+    for line in _notes(cascade, prompts, negative, sampling):
         tell(line)
-    prompts = [prompt[:MAX_PROMPT_CHARS] for prompt in prompts]
+    prompts, negative = [prompt[:MAX_PROMPT_CHARS] for prompt in prompts], negative[:MAX_PROMPT_CHARS]
     asked = [(prompt, seed + i) for prompt in prompts for i in range(candidates)]
     calls = sum(o.steps * math.ceil(len(asked) / o.rows) for o in sampling)
     with advancing("denoising", calls) as advance:
         drawn = cascade.draw(
-            [p for p, _ in asked], [s for _, s in asked], sampling, on_step=lambda _done, _of: advance()
+            [p for p, _ in asked], [s for _, s in asked], sampling, on_step=lambda _done, _of: advance(),
+            negative=negative,
         )
     if judge is not None:
         best = most_like(judge, prompts, drawn[-1], n)
         drawn, asked = [made[best] for made in drawn], [asked[k] for k in best]
-    pictures = to_uint8(drawn[-1])
     columns = n if len(prompts) > 1 else min(n, math.ceil(math.sqrt(n)))
     with writing(out):
-        for name, picture, (prompt, number) in zip(names, pictures, asked, strict=False):
-            save_png(picture, out / name, cascade.recipe(prompt, number, sampling))
-        for stage, made in zip(kept, drawn, strict=False):
+        for stage, made in [*zip(kept, drawn, strict=False), ("", drawn[-1])]:
+            own = cascade.upto(stage) if stage else cascade
             for k, picture in enumerate(to_uint8(made)):
-                own = cascade.upto(stage)
-                save_png(picture, out / f"{k:04d}-{stage}.png", own.recipe(*asked[k], sampling[: len(own.stages)]))
-        save_png(grid(list(pictures), columns), out / "grid.png")
+                name = f"{k:04d}-{stage}.png" if stage else names[k]
+                save_png(picture, out / name, own.recipe(*asked[k], sampling[: len(own.stages)], negative))
+        save_png(grid(list(to_uint8(drawn[-1])), columns), out / "grid.png")
     return out / "grid.png"
 
 
-def _drawing(model: str | Path, stages: Sequence[str], device: str) -> Cascade:
+def _notes(cascade: Cascade, prompts: Sequence[str], negative: str, sampling: Sequence[SamplingConfig]) -> list[str]:
+    asked = [*prompts, negative] if negative else prompts
+    notes = [line for prompt in asked for line in prompt_notes(cascade, prompt)]
+    if negative and all(options.guidance == 1 for options in sampling):
+        notes.append("the negative prompt is not used: there is no guidance at 1")
+    return notes
+
+
+def _drawing(model: str | Path, stages: Sequence[str], device: str, weak: str | Path | None) -> Cascade:
     """A cascade, or some of its stages. Raises UserError where the first draws nothing by itself."""
     cascade = load_cascade(model, device)
     cascade = cascade.only(*stages) if stages else cascade
     if cascade.stages[0].config.low_res is not None:
         name = cascade.stages[0].config.name
         raise UserError(f"stage {name} enlarges pictures and draws none: `ldm upscale` runs it")
-    return cascade
+    return cascade if weak is None else cascade.weakened(load_cascade(weak, device))
 
 
 @contextmanager

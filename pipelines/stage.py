@@ -8,6 +8,7 @@
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
@@ -21,7 +22,7 @@ from ldm.conditioning import Conditioning
 from ldm.config import Config, to_dict
 from ldm.denoiser import Denoiser, DenoiserConfig, Prediction
 from ldm.draws import keyed_generator
-from ldm.guidance import ClassifierFreeGuidance
+from ldm.guidance import Autoguidance, ClassifierFreeGuidance, Denoises, GuidanceInterval, Update, UpdateConfig
 from ldm.latents import Normalisation
 from ldm.low_res import NULL_LEVEL, LowResConfig, condition_low_res, enlarge, local_contrast
 from ldm.models.unet import UNetConfig, build_unet
@@ -39,8 +40,9 @@ OnStep = Callable[[int, int], None]
 
 @dataclass(frozen=True)
 class SamplingConfig(Config):
-    """How a stage is sampled. guidance is w of classifier-free guidance, 1 for none, against the null of what
-    `guided` names: the text, an SR stage's small picture, or both. level: of the noise added to that picture.
+    """How a stage is sampled. guidance is w, 1 for none: of classifier-free guidance against the null of what `guided`
+    names, the text, an SR stage's small picture, or both; or of autoguidance against the stage's weaker network.
+    update: how it is applied. level: of the noise added to the small picture.
 
     grid: what times are evenly spaced in: t, log-SNR, or a power of sigma / alpha (`ldm.noise.GRIDS`).
     rows: pictures per network call, whatever the batch: other shapes give other last bits.
@@ -51,8 +53,9 @@ class SamplingConfig(Config):
     steps: int = 20
     guidance: float = 3.0
     rows: int = 4
-    guided: Literal["text", "low_res", "both"] = "text"
+    guided: Literal["text", "low_res", "both", "network"] = "text"
     level: float = 0.0
+    update: UpdateConfig = UpdateConfig()
 
     def __post_init__(self) -> None:
         if not 1 <= self.steps <= MAX_STEPS:
@@ -94,8 +97,8 @@ class StageConfig(Config):
         if not len(self.normalisation.mean) == len(self.normalisation.std) == self.latent_channels:
             raise ValueError(f"normalisation needs a mean and a std for each of {self.latent_channels} channels")
         if self.low_res is None:
-            if self.sampling.guided != "text" or self.sampling.level:
-                raise ValueError("sampling: guided and level are of small pictures; this stage takes none")
+            if self.sampling.guided in ("low_res", "both") or self.sampling.level:
+                raise ValueError("sampling: level, and guided low_res, are of small pictures; this stage takes none")
         elif self.sampling.level > self.low_res.max_level:
             raise ValueError(f"sampling.level {self.sampling.level} is beyond the max_level {self.low_res.max_level} "
                              "that the stage was trained to")  # fmt: skip
@@ -112,13 +115,15 @@ class StageConfig(Config):
 class Stage:
     """A denoiser with its codec, its statistics and its sampling defaults.
 
-    tile_px: side of the tiles that larger pictures are drawn in; None is the size it was trained on.
+    tile_px: side of the tiles that larger pictures are drawn in; None is the size it was trained on. weak: a denoiser
+    of the same latents, less trained or smaller, for autoguidance.
     """
 
     config: StageConfig
     denoiser: Denoiser
     codec: Codec
     tile_px: int | None = None
+    weak: Denoiser | None = None
 
     @property
     def device(self) -> torch.device:
@@ -132,8 +137,12 @@ class Stage:
     def settings(self, sampling: SamplingConfig) -> dict[str, Any]:
         """What of a sampling decides its pictures, as plain data."""
         found = to_dict(sampling)
+        if sampling.update == UpdateConfig():
+            del found["update"]
         if self.config.low_res is None:
-            del found["guided"], found["level"]
+            del found["level"]
+            if sampling.guided == "text":
+                del found["guided"]
         elif self.tile_px is not None:
             found["tile_px"] = self.tile_px
         return found
@@ -181,7 +190,7 @@ class Stage:
             own = [seeds[i] for i in index.tolist()]
             small = None if low_res is None else low_res[index].to(self.device)
             bound, against = self._bind(cond[index], null, own, sampling, grid, small)
-            predict = partial(ClassifierFreeGuidance(self.denoiser, sampling.guidance, against), cond=bound)
+            predict = partial(self._guided(sampling, against, Update(sampling.update)), cond=bound)
             raw = self.config.normalisation.invert(self._run(predict, own, sampling, grid, on_step))
             config = self.config.low_res
             if small is not None and config is not None and config.residual:
@@ -197,9 +206,12 @@ class Stage:
         blend = partial(blended, where=self.tiles(*grid), height=grid[0], width=grid[1], rows=sampling.rows)
         bound, against = self._bind(cond, null, [seed], sampling, grid, small)
 
+        # each step makes the same calls, and momentum is of a call's tiles
+        updates: dict[tuple[Window, ...], Update] = defaultdict(lambda: Update(sampling.update))
+
         def predict(x: Tensor, t: Tensor) -> Prediction:
             def work(tiles: Sequence[Window]) -> Tensor:
-                guided = ClassifierFreeGuidance(self.denoiser, sampling.guidance, _cut(against, tiles))
+                guided = self._guided(sampling, _cut(against, tiles), updates[tuple(tiles)])
                 found = guided(torch.cat([w.of(x) for w in tiles]), t.expand(len(tiles)), _cut(bound, tiles))
                 return torch.cat([found.x0, found.eps], 1)
 
@@ -212,10 +224,23 @@ class Stage:
             raw = raw * local_contrast(small, config, factor) + enlarged
         return blend(lambda w: codec.decode(torch.cat([i.of(raw) for i in w])), cells=codec.config.factor).cpu()
 
+    def _guided(self, sampling: SamplingConfig, against: Conditioning, update: Update) -> Denoises:
+        """The denoiser as `sampling` guides it, for one batch on its way through a sampler."""
+        guided: ClassifierFreeGuidance | Autoguidance
+        if sampling.guided != "network":
+            guided = ClassifierFreeGuidance(self.denoiser, sampling.guidance, against, update)
+        elif self.weak is not None:
+            guided = Autoguidance(self.denoiser, sampling.guidance, self.weak, update)
+        else:
+            raise ValueError(f"stage {self.config.name} has no weaker network to be guided against")
+        low, high = sampling.update.interval
+        return guided if (low, high) == (0, 1) else GuidanceInterval(guided, low, high)
+
     def _bind(self, cond: Conditioning, null: Conditioning, seeds: Sequence[int], sampling: SamplingConfig,
               grid: tuple[int, int], low_res: Tensor | None) -> tuple[Conditioning, Conditioning]:  # fmt: skip
         """What the network is told of each picture, and what guidance holds against it."""
-        text, no_text = cond.to(self.device), null.expand(len(cond)).to(self.device)
+        text = cond.to(self.device)
+        no_text = (null.expand(len(cond)) if len(null) == 1 else null).to(self.device)
         config, factor = self.config.low_res, self.codec.module.config.factor
         if config is None or low_res is None:
             return text, no_text
