@@ -19,9 +19,10 @@ from torch import Tensor, nn
 from ldm.conditioning import Conditioning
 from ldm.config import Config
 from ldm.draws import keyed_generator
-from ldm.noise import NoiseSchedule, per_item
+from ldm.noise import NoiseSchedule, NoiseScheduleConfig, per_item, posterior_kl, posterior_mean_weights
 
-Target = Literal["eps", "x0", "v", "flow"]
+Target = Literal["eps", "x0", "v", "flow", "mean"]
+Weighting = Literal["simple", "min_snr", "soft_min_snr", "edm", "p2", "bound", "learned"]
 
 _FEATURES = 128
 _LOG_SNR_BOUND = 20.0
@@ -48,38 +49,77 @@ Predict = Callable[[Tensor, Tensor], Prediction]  # (x_t, t) with the conditioni
 class DenoiserConfig(Config):
     """What the network was trained for.
 
-    target: eps (Ho et al. 2020), x0, v (Salimans & Ho 2022) or flow, u = eps - x0 (Lipman et al. 2023).
-    input_scale: "unit" gives the network x_t / r, "none" x_t itself. clip_x0: bound on |x0|, for pixels.
-    weighting: "simple" is the plain squared error of the target; "min_snr" weights the error of x0 by
-    min(SNR, min_snr_gamma) (Hang et al. 2023, sec. 3.4); "learned" divides the squared error of the target by what
-    it is on average at that noise level, which is learned beside the network (`Uncertainty`).
+    target: eps (Ho et al. 2020), x0, v (Salimans & Ho 2022), flow, u = eps - x0 (Lipman et al. 2023), or mean, that of
+    q(x_s | x_t, x0) for the step before t (Ho et al. 2020, sec. 3.2). input_scale: "unit" gives the network x_t / r,
+    "none" x_t itself. clip_x0: bound on |x0|, for pixels.
+
+    weighting, of the error of the target where it is simple or learned, else of that of x0: min_snr, min(SNR, gamma)
+    (Hang et al. 2023, sec. 3.4); soft_min_snr, SNR gamma / (SNR + gamma) (Crowson et al. 2024, sec. 3.2); edm, SNR + 1
+    (Karras et al. 2022, sec. 5, for unit-variance data); p2, SNR / (1 + SNR)^p2_gamma (Choi et al. 2022, eq. 8); bound,
+    which makes the loss the variational bound's (`NoiseSchedule.bound_weight`); "learned" divides the squared error by
+    what it is on average at that noise level, which is learned beside the network (`Uncertainty`).
+
+    variance: "learned" has the network put out as many channels more, of which the variance of a reverse step is made
+    (Nichol & Dhariwal 2021, eq. 15); the loss then has bound_share times the bound, its mean held, more (eq. 16).
     """
 
     target: Target = "v"
     input_scale: Literal["none", "unit"] = "none"
     clip_x0: float | None = None
-    weighting: Literal["simple", "min_snr", "learned"] = "simple"
+    weighting: Weighting = "simple"
     min_snr_gamma: float = 5.0
+    p2_gamma: float = 1.0
+    variance: Literal["fixed", "learned"] = "fixed"
+    bound_share: float = 1e-3
 
     def __post_init__(self) -> None:
         if self.clip_x0 is not None and self.clip_x0 <= 0:
             raise ValueError(f"clip_x0 must be positive, not {self.clip_x0}")
-        if self.min_snr_gamma <= 0:
-            raise ValueError(f"min_snr_gamma must be positive, not {self.min_snr_gamma}")
+        if self.min_snr_gamma <= 0 or self.p2_gamma < 0 or self.bound_share <= 0:
+            raise ValueError("min_snr_gamma and bound_share must be positive, and p2_gamma not negative")
+
+    def channels(self, channels: int) -> int:
+        """Channels that the network puts out for latents of `channels`."""
+        return channels * (2 if self.variance == "learned" else 1)
 
 
-def to_target(kind: Target, x0: Tensor, eps: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
-    """What a network of this kind should put out for x_t = alpha x0 + sigma eps."""
+def check_together(schedule: NoiseScheduleConfig, denoiser: DenoiserConfig) -> None:
+    """Raise ValueError where a network cannot be trained so on that schedule, saying why and what can."""
+    where = f"on a {schedule.kind} schedule" + (" with zero_terminal" if schedule.zero_terminal else "")
+    if schedule.ends_in_noise and denoiser.target == "eps":
+        raise ValueError(f"denoiser.target eps does not determine x0 at t = 1 {where}: use v, x0 or flow")
+    if schedule.ends_in_noise and denoiser.weighting == "bound":
+        raise ValueError(f"denoiser.weighting bound {where}: log-SNR is infinite there; use another weighting, or a "
+                         "schedule that ends short of pure noise")  # fmt: skip
+    for what, is_of_steps in (("target mean", denoiser.target == "mean"),
+                              ("variance learned", denoiser.variance == "learned")):  # fmt: skip
+        if is_of_steps and not schedule.discrete:
+            raise ValueError(f"denoiser.{what} is of steps, which a {schedule.kind} schedule has not: use another")
+    if schedule.kind == "edm" and denoiser.input_scale == "none":
+        raise ValueError("an edm schedule has noise of up to 80: set denoiser.input_scale to unit")
+    if schedule.kind == "learned" and denoiser.weighting != "bound":
+        raise ValueError("a learned schedule is moved to make the bound's estimate steady: set denoiser.weighting to "
+                         "bound")  # fmt: skip
+
+
+def to_target(kind: Target, x0: Tensor, eps: Tensor, alpha: Tensor, sigma: Tensor,
+              mean: tuple[Tensor, Tensor] | None = None) -> Tensor:  # fmt: skip
+    """What a network of this kind should put out for x_t = alpha x0 + sigma eps. mean: `posterior_mean_weights`, for
+    that kind."""
     if kind == "eps":
         return eps
     if kind == "x0":
         return x0
     if kind == "v":
         return (alpha * eps - sigma * x0) / torch.sqrt(alpha**2 + sigma**2)
+    if kind == "mean":
+        of_x, of_x0 = _given(mean)
+        return of_x * (alpha * x0 + sigma * eps) + of_x0 * x0
     return eps - x0
 
 
-def from_output(kind: Target, out: Tensor, x: Tensor, alpha: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
+def from_output(kind: Target, out: Tensor, x: Tensor, alpha: Tensor, sigma: Tensor,
+                mean: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:  # fmt: skip
     """(x0, eps) from the network's output: the inverse of `to_target` at x = x_t.
 
     v and flow are finite everywhere; eps does not determine x0 at alpha = 0, nor x0 eps at sigma = 0: what
@@ -87,32 +127,57 @@ def from_output(kind: Target, out: Tensor, x: Tensor, alpha: Tensor, sigma: Tens
     """
     if kind == "eps":
         return (x - sigma * out) / alpha, out
-    if kind == "x0":
-        return out, (x - alpha * out) / sigma
     if kind == "v":
         r2 = alpha**2 + sigma**2
         rv = torch.sqrt(r2) * out
         return (alpha * x - sigma * rv) / r2, (sigma * x + alpha * rv) / r2
-    return (x - sigma * out) / (alpha + sigma), (x + alpha * out) / (alpha + sigma)
+    if kind == "flow":
+        return (x - sigma * out) / (alpha + sigma), (x + alpha * out) / (alpha + sigma)
+    if kind == "mean":
+        of_x, of_x0 = _given(mean)
+        out = (out - of_x * x) / of_x0
+    return out, (x - alpha * out) / sigma
 
 
-def loss_weight(config: DenoiserConfig, alpha: Tensor, sigma: Tensor) -> Tensor:
+def _given(mean: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor]:
+    if mean is None:
+        raise ValueError("target mean needs the weights of the posterior's mean")
+    return mean
+
+
+def loss_weight(config: DenoiserConfig, alpha: Tensor, sigma: Tensor, of_x0: Tensor | None = None,
+                bound: Tensor | None = None) -> Tensor:  # fmt: skip
     """Weight (B,) of the squared error of the target, for (B,) alpha and sigma.
 
-    min_snr: min(SNR, gamma) times (error of x0 / error of the target)^2, which is 1/SNR for eps, 1 for x0,
-    1/(SNR + 1) for v and sigma^2 / (alpha + sigma)^2 for flow; written so that it is finite at both ends.
-    simple, learned: 1.
+    of_x0: of the posterior's mean, for target mean; bound: `NoiseSchedule.bound_weight`, for that weighting. Errors of
+    eps and x0 are converted by SNR, that of v by (error of v)^2 = (SNR + 1) (error of x0)^2, that of flow by
+    ((alpha + sigma) / sigma)^2. Finite wherever the target determines x0.
     """
-    if config.weighting != "min_snr":
+    a2, s2 = alpha**2, sigma**2
+    if config.weighting in ("simple", "learned"):
         return torch.ones_like(alpha)
-    alpha2, bound = alpha**2, config.min_snr_gamma * sigma**2
+    if config.weighting == "min_snr":
+        on_eps = (config.min_snr_gamma * s2 / a2).clamp(max=1)
+    elif config.weighting == "soft_min_snr":
+        on_eps = config.min_snr_gamma * s2 / (a2 + config.min_snr_gamma * s2)
+    elif config.weighting == "p2":
+        on_eps = (s2 / (a2 + s2)) ** config.p2_gamma
+    elif config.weighting == "edm":
+        on_eps = (a2 + s2) / a2
+    elif bound is None:
+        raise ValueError("weighting bound needs the schedule's weights of it")
+    else:
+        on_eps = bound
+    # (error of eps / error of the target)^2
     if config.target == "eps":
-        return (bound / alpha2).clamp(max=1)
-    if config.target == "x0":
-        return (alpha2 / sigma**2).clamp(max=config.min_snr_gamma)
-    if config.target == "v":
-        return torch.minimum(alpha2, bound) / (alpha2 + sigma**2)
-    return torch.minimum(alpha2, bound) / (alpha + sigma) ** 2
+        return on_eps
+    if config.target == "mean" and of_x0 is None:
+        raise ValueError("target mean needs the weight of x0 in the posterior's mean")
+    # edm's weight of x0 is finite where alpha is 0, and that of eps is not
+    on_x0 = (a2 + s2) / s2 if config.weighting == "edm" else on_eps * a2 / s2
+    if config.target == "mean":
+        return on_x0 / torch.as_tensor(of_x0) ** 2
+    return on_x0 * {"x0": torch.ones_like(s2), "v": s2 / (a2 + s2), "flow": s2 / (alpha + sigma) ** 2}[config.target]
 
 
 class Uncertainty(nn.Module):
@@ -146,15 +211,27 @@ class Denoiser(nn.Module):
     """A diffusers `UNet2DConditionModel` (or one called like it) with its schedule and parameterisation.
 
     `uncertainty` is trained with the network where the weighting is "learned", and None otherwise; what it learns
-    is of no use to inference.
+    is of no use to inference. `gaps` are logarithms of the shares of log-SNR that the pieces of a learned schedule
+    take, which training moves, None for any other.
     """
 
     def __init__(self, net: nn.Module, schedule: NoiseSchedule, config: DenoiserConfig) -> None:
         super().__init__()
         self.net = net
-        self.schedule = schedule
         self.config = config
         self.uncertainty = Uncertainty() if config.weighting == "learned" else None
+        self._given, self.gaps = schedule, None
+        if schedule.config.kind == "learned":
+            self.gaps = nn.Parameter((-schedule.knots.diff()).log().float())
+
+    @property
+    def schedule(self) -> NoiseSchedule:
+        """The schedule; a learned one as it is now."""
+        if self.gaps is None:
+            return self._given
+        first, last = self._given.knots[0], self._given.knots[-1]
+        shares = torch.cat([self.gaps.new_zeros(1), self.gaps.softmax(0).cumsum(0)]).double()
+        return NoiseSchedule(self._given.config, first + (last - first) * shares.clamp(max=1))
 
     def forward(self, x_t: Tensor, t: Tensor, cond: Conditioning) -> Prediction:
         """x0 and eps for x_t; x0 is clipped if the config says so, and eps follows it."""
@@ -162,9 +239,7 @@ class Denoiser(nn.Module):
 
     def predict(self, x_t: Tensor, t: Tensor, cond: Conditioning) -> Prediction:
         """As `forward`, before clipping: guidance combines these and clips once."""
-        alpha, sigma = (per_item(c, x_t) for c in self.schedule.alpha_sigma(t))
-        x0, eps = from_output(self.config.target, self._run(x_t, t, cond), x_t, alpha, sigma)
-        return Prediction(x0, eps)
+        return self._predicted(self._run(x_t, t, cond), x_t, t)
 
     def clip(self, prediction: Prediction, x_t: Tensor, t: Tensor) -> Prediction:
         """Bound |x0| by `clip_x0` and recompute eps from it; unchanged where the config has none."""
@@ -177,20 +252,58 @@ class Denoiser(nn.Module):
     def loss(self, x0: Tensor, eps: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
         """What training minimises, per item: (B,), float32 (float64 for float64 data).
 
-        The weighted `error`; for the learned weighting error / exp(u) + u, which can be negative.
+        The weighted `error`; for the learned weighting error / exp(u) + u, which can be negative; with a learned
+        variance, `bound_share` times the step's part of the bound more.
         """
-        error = self.error(x0, eps, t, cond)
+        schedule = self.schedule
+        alpha, sigma = schedule.alpha_sigma(t)
+        x_t = per_item(alpha, x0) * x0 + per_item(sigma, x0) * eps
+        out = self._run(x_t, t, cond)
+        error = self._error(out, x0, eps, t, alpha, sigma)
         if self.uncertainty is not None:
-            u = self.uncertainty(self.schedule.log_snr(t))
-            return error * torch.exp(-u) + u
-        return loss_weight(self.config, *self.schedule.alpha_sigma(t)).to(error) * error
+            u = self.uncertainty(schedule.log_snr(t))
+            loss = error * torch.exp(-u) + u
+        else:
+            bound = schedule.bound_weight(t) if self.config.weighting == "bound" else None
+            mean = self._mean_weights(t)
+            weight = loss_weight(self.config, alpha, sigma, None if mean is None else mean[1], bound)
+            loss = weight.to(error) * error
+            if self.gaps is not None and loss.requires_grad:
+                _steady(loss, alpha, sigma, bound)
+        if self.config.variance == "learned":
+            held = self._predicted(out, x_t, t)
+            earlier = (t - 1 / schedule.steps).clamp(min=0)
+            kl = posterior_kl(schedule, x_t, x0, held.x0.detach(), t, earlier, held.var_mix)
+            loss = loss + self.config.bound_share * schedule.steps * kl
+        return loss
 
     def error(self, x0: Tensor, eps: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
         """Mean squared error of the target per item, whatever the weighting: (B,), dtype as `loss`."""
-        alpha, sigma = (per_item(c, x0) for c in self.schedule.alpha_sigma(t))
         out = self._run(self.schedule.add_noise(x0, eps, t), t, cond)
-        difference = out - to_target(self.config.target, x0, eps, alpha, sigma)
+        return self._error(out, x0, eps, t, *self.schedule.alpha_sigma(t))
+
+    def _error(self, out: Tensor, x0: Tensor, eps: Tensor, t: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
+        alpha, sigma = per_item(alpha, x0), per_item(sigma, x0)
+        wanted = to_target(self.config.target, x0, eps, alpha, sigma, self._mean_for(x0, t))
+        difference = out[:, : x0.shape[1]] - wanted
         return (difference**2).flatten(1).mean(1)
+
+    def _predicted(self, out: Tensor, x_t: Tensor, t: Tensor) -> Prediction:
+        """x0, eps, and what the channels beyond those of x_t say of the variance."""
+        alpha, sigma = (per_item(c, x_t) for c in self.schedule.alpha_sigma(t))
+        channels = x_t.shape[1]
+        found = from_output(self.config.target, out[:, :channels], x_t, alpha, sigma, self._mean_for(x_t, t))
+        # in [-1, 1] as a rule, and not held there: so it is in the checkpoints of others (Nichol & Dhariwal 2021)
+        return Prediction(*found, (out[:, channels:] + 1) / 2 if self.config.variance == "learned" else None)
+
+    def _mean_weights(self, t: Tensor) -> tuple[Tensor, Tensor] | None:
+        if self.config.target != "mean":
+            return None
+        return posterior_mean_weights(self.schedule, t, (t - 1 / self.schedule.steps).clamp(min=0))
+
+    def _mean_for(self, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor] | None:
+        found = self._mean_weights(t)
+        return None if found is None else (per_item(found[0], x), per_item(found[1], x))
 
     def _run(self, x_t: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
         """The network's output for x_t, at least float32 whatever the precision of the network."""
@@ -213,3 +326,13 @@ class Denoiser(nn.Module):
             class_labels=None if cond.level is None else (1000 * cond.level).to(x),
         ).sample
         return out.to(torch.promote_types(x_t.dtype, torch.float32))
+
+
+def _steady(loss: Tensor, *through: Tensor | None) -> None:
+    """Turn the schedule's gradient, which comes `through` per-item tensors, from that of the bound, which does not
+    depend on the schedule between its ends, into that of the variance of its estimate: of loss^2 (Kingma et al. 2021,
+    app. I.2), over the mean loss."""
+    factor = 2 * loss.detach() / loss.detach().mean()
+    for values in through:
+        if values is not None and values.requires_grad:
+            values.register_hook(lambda gradient: gradient * factor.to(gradient))

@@ -3,7 +3,7 @@
     name(predict, x, grid, noise, *, schedule, on_step) -> x
 
 `predict(x, t)` is the guided denoiser with its conditioning bound, `x` (B, C, *grid) the start, `grid` a
-strictly decreasing 1-D tensor of times (`ldm.noise.GRIDS`), `noise(like)` fresh N(0, 1) shaped like its
+strictly decreasing 1-D tensor of times (`ldm.grids.GRIDS`), `noise(like)` fresh N(0, 1) shaped like its
 argument, `on_step(done, of)` is called after every step. Neither state nor gradients are kept. If the grid
 ends at 0, the result is the last x0.
 """

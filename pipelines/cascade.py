@@ -23,8 +23,9 @@ from torch import Tensor
 from ldm.conditioning import Conditioning
 from ldm.config import Config, UserError, apply_override, parse, to_dict
 from ldm.denoiser import Denoiser
+from ldm.grids import GRIDS
 from ldm.models.unet import build_unet
-from ldm.noise import GRIDS, NoiseSchedule
+from ldm.noise import NoiseSchedule
 from ldm.text import TextConfig, TextEncoder, load_text_encoder
 from ldm.weights import (
     NETWORK_FILE,
@@ -292,7 +293,8 @@ def _load_stage(folder: Path, config: StageConfig, codec: Codec, text_digest: st
         raise UserError(f"{folder}: resolution_px {config.resolution_px} is no multiple of {unit}")
     extra = config.low_res.channels(shape.factor) if config.low_res else 0
     net = load_network(
-        lambda: build_unet(config.unet, config.latent_channels, config.text_width, extra),
+        lambda: build_unet(config.unet, config.latent_channels, config.text_width, extra,
+                           config.denoiser.channels(config.latent_channels)),
         folder / "unet" / NETWORK_FILE,
     )
     denoiser = Denoiser(net, NoiseSchedule(config.schedule), config.denoiser).to(device).eval()

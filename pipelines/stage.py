@@ -20,13 +20,14 @@ from torch.nn.functional import pad
 
 from ldm.conditioning import Conditioning
 from ldm.config import Config, to_dict
-from ldm.denoiser import Denoiser, DenoiserConfig, Prediction
+from ldm.denoiser import Denoiser, DenoiserConfig, Prediction, check_together
 from ldm.draws import keyed_generator
+from ldm.grids import GRIDS
 from ldm.guidance import Autoguidance, ClassifierFreeGuidance, Denoises, GuidanceInterval, Update, UpdateConfig
 from ldm.latents import Normalisation
 from ldm.low_res import NULL_LEVEL, LowResConfig, condition_low_res, enlarge, local_contrast
 from ldm.models.unet import UNetConfig, build_unet
-from ldm.noise import GRIDS, NoiseSchedule, NoiseScheduleConfig
+from ldm.noise import NoiseSchedule, NoiseScheduleConfig
 from ldm.sampling import SAMPLERS
 from ldm.weights import Codec
 from pipelines.tiles import Window, blended, windows
@@ -44,7 +45,7 @@ class SamplingConfig(Config):
     names, the text, an SR stage's small picture, or both; or of autoguidance against the stage's weaker network.
     update: how it is applied. level: of the noise added to the small picture.
 
-    grid: what times are evenly spaced in: t, log-SNR, or a power of sigma / alpha (`ldm.noise.GRIDS`).
+    grid: what times are evenly spaced in: t, log-SNR, or a power of sigma / alpha (`ldm.grids.GRIDS`).
     rows: pictures per network call, whatever the batch: other shapes give other last bits.
     """
 
@@ -92,6 +93,7 @@ class StageConfig(Config):
     def __post_init__(self) -> None:
         if not (self.name.isidentifier() and self.codec.isidentifier()):
             raise ValueError(f"name and codec must be plain folder names, not {self.name!r} and {self.codec!r}")
+        check_together(self.schedule, self.denoiser)
         if not 1 <= self.resolution_px <= MAX_SIDE_PX:
             raise ValueError(f"resolution_px must be from 1 to {MAX_SIDE_PX}, not {self.resolution_px}")
         if not len(self.normalisation.mean) == len(self.normalisation.std) == self.latent_channels:
@@ -288,5 +290,5 @@ def _cut(cond: Conditioning, tiles: Sequence[Window]) -> Conditioning:
 def build_denoiser(unet: UNetConfig, schedule: NoiseScheduleConfig, denoiser: DenoiserConfig,
                    latent_channels: int, text_width: int, low_res_channels: int = 0) -> Denoiser:  # fmt: skip
     """A denoiser with random weights for latents of `latent_channels`."""
-    net = build_unet(unet, latent_channels, text_width, low_res_channels)
+    net = build_unet(unet, latent_channels, text_width, low_res_channels, denoiser.channels(latent_channels))
     return Denoiser(net, NoiseSchedule(schedule), denoiser)

@@ -191,7 +191,7 @@ def test_values_out_of_range_are_refused_with_the_range(file: Path, override: st
         ("unet.widths=[100, 200]", "unet.widths: widths (100, 200) must be multiples of norm_groups 32 and heads 8"),
         ("schedule.beta_end=2", "schedule: betas must rise within (0, 1), not from 0.0001 to 2"),
         ("text.kind=clip", "text.kind: kind clip needs a path"),
-        ("denoiser.target=eps2", "denoiser.target: must be 'eps', 'x0', 'v' or 'flow' (got 'eps2')"),
+        ("denoiser.target=eps2", "denoiser.target: must be 'eps', 'x0', 'v', 'flow' or 'mean' (got 'eps2')"),
         ("data.size_px=1", "data.size_px: size_px must be at least 8, not 1"),
     ],
 )

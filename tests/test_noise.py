@@ -10,14 +10,8 @@ import pytest
 import torch
 from diffusers import DDPMScheduler
 
-from ldm.noise import (
-    NoiseSchedule,
-    NoiseScheduleConfig,
-    posterior,
-    posterior_variance,
-    transition,
-    uniform_grid,
-)
+from ldm.grids import uniform_grid
+from ldm.noise import NoiseSchedule, NoiseScheduleConfig, posterior, posterior_variance, transition
 
 DISCRETE = ("linear", "scaled_linear", "cosine", "sigmoid")
 OF_DIFFUSERS = ("linear", "scaled_linear", "cosine")

@@ -22,7 +22,8 @@ from diffusers.schedulers import (
 from torch import Tensor
 
 from ldm.denoiser import Prediction, Target
-from ldm.noise import per_item, uniform_grid
+from ldm.grids import uniform_grid
+from ldm.noise import per_item
 from ldm.sampling import SAMPLERS, ddim, ddpm, dpmpp_2m
 from tests.trajectories import (
     PREDICTION_TYPE,

@@ -24,7 +24,8 @@ from diffusers.schedulers import (
 from torch import Tensor
 
 from ldm.denoiser import Prediction, Target
-from ldm.noise import GRIDS, NoiseSchedule, NoiseScheduleConfig, karras_grid, log_snr_grid, uniform_grid
+from ldm.grids import GRIDS, karras_grid, log_snr_grid, uniform_grid
+from ldm.noise import NoiseSchedule, NoiseScheduleConfig
 from ldm.sampling import SAMPLERS, ddim, dpmpp_2m_sde, euler, heun, unipc
 from pipelines.cascade import load_cascade
 from pipelines.stage import SamplingConfig

@@ -16,7 +16,7 @@ from torch.nn.functional import interpolate
 
 from ldm.conditioning import Conditioning
 from ldm.config import Config, UserError, parse, to_dict
-from ldm.denoiser import Denoiser, DenoiserConfig
+from ldm.denoiser import Denoiser, DenoiserConfig, check_together
 from ldm.draws import keyed_generator
 from ldm.latents import CodecConfig, LatentCodec, Normalisation, decode_rows
 from ldm.low_res import DegradationConfig, LowResConfig
@@ -98,18 +98,17 @@ class DiffusionRun(StageRun):
         super().__post_init__()
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout is a share, from 0 to below 1, not {self.dropout}")
-        if self.schedule.ends_in_noise and self.denoiser.target == "eps":
-            raise ValueError("denoiser.target eps does not determine x0 at t = 1 of a flow schedule, nor with "
-                             "zero_terminal: use v, x0 or flow")  # fmt: skip
+        check_together(self.schedule, self.denoiser)
         if not 0 <= self.last <= 1:
             raise ValueError(f"last is a share, from 0 to 1, not {self.last:g}")
         if self.last and self.denoiser.target == "eps":
             raise ValueError("denoiser.target eps says nothing of x0 at t = 1: with `last` use v, x0 or flow")
-        if self.last and self.denoiser.weighting == "min_snr":
-            raise ValueError("denoiser.weighting min_snr gives t = 1 next to no weight: with `last` use another")
+        if self.last and self.denoiser.weighting not in ("simple", "edm", "learned"):
+            raise ValueError(f"denoiser.weighting {self.denoiser.weighting} gives t = 1 next to no weight: with `last` "
+                             "use simple")  # fmt: skip
         if self.last == 1 and self.sampling.steps != 1:
             raise ValueError("a network trained at t = 1 alone (last: 1) draws in one step: set sampling.steps=1")
-        if self.schedule.kind != "flow" and self.sampling.steps > self.schedule.steps:
+        if self.schedule.discrete and self.sampling.steps > self.schedule.steps:
             raise ValueError(f"sampling.steps {self.sampling.steps} is beyond schedule.steps {self.schedule.steps}")
         if self.low_res is None and self.upscaling != UpscalingConfig():
             raise ValueError("upscaling is of SR stages: say how they are conditioned with low_res")
@@ -173,7 +172,8 @@ class DiffusionTask:
         denoiser = build_denoiser(config.unet, config.schedule, config.denoiser, channels, text.width, extra)
         if config.init is not None:
             file = _unet_file(Path(config.init), config.name)
-            net = load_network(lambda: build_unet(config.unet, channels, text.width, extra), file)
+            out = config.denoiser.channels(channels)
+            net = load_network(lambda: build_unet(config.unet, channels, text.width, extra, out), file)
             denoiser.net.load_state_dict(net.state_dict())
         unit = Normalisation(mean=(0.0,) * channels, std=(1.0,) * channels)
         frozen = Frozen(codec.module, unit, self.cache.null, config.dropout, config.low_res, config.upscaling,
@@ -199,7 +199,10 @@ class DiffusionTask:
     def cascade(self, module: nn.Module) -> Cascade:
         """The one-stage cascade of these weights."""
         assert isinstance(module, DiffusionModule)
-        return Cascade([Stage(self._stage, module.denoiser, self._codec)], self._text)
+        config, schedule = self._stage, module.denoiser.schedule
+        if config.schedule.kind == "learned":
+            config = replace(config, schedule=replace(config.schedule, knots=tuple(schedule.knots.tolist())))
+        return Cascade([Stage(config, module.denoiser, self._codec)], self._text)
 
     @torch.no_grad()
     def evaluate(self, module: nn.Module) -> dict[str, float]:

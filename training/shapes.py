@@ -80,9 +80,11 @@ def _diffusion(config: DiffusionRun, config_path: Path) -> tuple[nn.Module, Tens
     low_res = config.low_res
     extra = low_res.channels(codec.factor) if low_res else 0
     with torch.device("meta"):
-        net = build_unet(config.unet, codec.latent_channels, width, extra)
-    # a schedule's table is needed with its values
-    denoiser = Denoiser(net, NoiseSchedule(config.schedule), config.denoiser).to("meta")
+        out = config.denoiser.channels(codec.latent_channels)
+        net = build_unet(config.unet, codec.latent_channels, width, extra, out)
+    denoiser = Denoiser(net, NoiseSchedule(config.schedule), config.denoiser)  # a schedule is needed with its values
+    if denoiser.uncertainty is not None:
+        denoiser.uncertainty.to("meta")
     crop = (config.upscaling.crop_px or config.data.size_px) if low_res else config.data.size_px
     batch, side = config.loop.batch, crop // codec.factor
     mask = torch.ones(batch, tokens, dtype=torch.bool, device="meta") if masked else None

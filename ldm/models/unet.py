@@ -48,8 +48,10 @@ class UNetConfig(Config):
         return 1 << (len(self.widths) - 1)
 
 
-def build_unet(config: UNetConfig, channels: int, text_width: int, low_res_channels: int = 0) -> UNet2DConditionModel:
-    """A UNet2DConditionModel with random weights: (B, channels, H, W), t, text (B, L, text_width) -> like x.
+def build_unet(config: UNetConfig, channels: int, text_width: int, low_res_channels: int = 0,
+               out_channels: int | None = None) -> UNet2DConditionModel:  # fmt: skip
+    """A UNet2DConditionModel with random weights: (B, channels, H, W), t, text (B, L, text_width) -> like x, or
+    (B, out_channels, H, W).
 
     With `low_res_channels` its input has as many channels more, and it takes the level, in thousandths, as
     `class_labels`, embedded as t is, by weights of its own. Raises UserError where the heads do not divide a text
@@ -61,7 +63,7 @@ def build_unet(config: UNetConfig, channels: int, text_width: int, low_res_chann
     up = tuple("CrossAttnUpBlock2D" if a else "UpBlock2D" for a in reversed(config.attention))
     return UNet2DConditionModel(
         in_channels=channels + low_res_channels,
-        out_channels=channels,
+        out_channels=out_channels or channels,
         down_block_types=down,
         up_block_types=up,
         block_out_channels=config.widths,
