@@ -36,18 +36,19 @@ def log_snr_grid(steps: int, schedule: NoiseSchedule) -> Tensor:
     infinite at t = 1, between log-SNR of -10 and 10. Times lie between the discrete steps. ValueError if `steps` is
     below 1.
     """
-    low, high = _log_snr_ends(schedule)
+    low, high = log_snr_ends(schedule)
     return _between_ends(torch.linspace(low, high, max(steps, 1), dtype=torch.float64), steps, schedule)
 
 
 def karras_grid(steps: int, schedule: NoiseSchedule) -> Tensor:
     """As `log_snr_grid`, but evenly spaced in (sigma / alpha)^(1/7) (Karras et al. 2022, eq. 5)."""
-    low, high = (math.exp(-end / 2 / _KARRAS_RHO) for end in _log_snr_ends(schedule))
+    low, high = (math.exp(-end / 2 / _KARRAS_RHO) for end in log_snr_ends(schedule))
     roots = torch.linspace(low, high, max(steps, 1), dtype=torch.float64)
     return _between_ends(-2 * _KARRAS_RHO * roots.log(), steps, schedule)
 
 
-def _log_snr_ends(schedule: NoiseSchedule) -> tuple[float, float]:
+def log_snr_ends(schedule: NoiseSchedule) -> tuple[float, float]:
+    """Log-SNR at t = 1 and at the first noisy time; where infinite, -10 and 10."""
     high, low = schedule.log_snr(torch.tensor([schedule.first_t, 1.0], dtype=torch.float64)).tolist()
     return (low if math.isfinite(low) else -_LOG_SNR_END), (high if math.isfinite(high) else _LOG_SNR_END)
 
