@@ -58,14 +58,15 @@ def data_emoji(
     packages: Annotated[
         Path | None, typer.Option(help="Folder of the npm tarballs; fetched with npm where missing.")
     ] = None,
+    more: Annotated[bool, typer.Option("--more", help="Draw them in six more designs, for a judge.")] = False,
 ) -> None:
     """Build the emoji data set (six designs, captions, splits) from its public npm packages."""
-    from training.emoji import SPLITS, STYLES, build
+    from training.emoji import SPLITS, build
 
-    built = build(folder, packages)
-    typer.echo(f"{'':12}" + "".join(f"{split:>10}" for split in SPLITS))
-    for style in STYLES:
-        typer.echo(f"{style:12}" + "".join(f"{built.counts[split, style]:>10}" for split in SPLITS))
+    built = build(folder, packages, more)
+    typer.echo(f"{'':22}" + "".join(f"{split:>10}" for split in SPLITS))
+    for style in dict.fromkeys(style for _, style in built.counts):
+        typer.echo(f"{style:22}" + "".join(f"{built.counts[split, style]:>10}" for split in SPLITS))
     dropped = sum(map(len, built.dropped.values()))
     typer.echo(f"{built.clusters} clusters; {dropped} icons show no Unicode character: see dropped.json")
     typer.echo(str(built.folder))
@@ -313,6 +314,35 @@ def generate(
                     stages=chosen, keep_stages=keep_stages, best_of=best_of, clip=clip, negative=negative, weak=weak,
                     tell=_tell)  # fmt: skip
     typer.echo(str(done))
+
+
+@app.command()
+def edit(
+    picture: Annotated[Path, typer.Argument(metavar="IMAGE", help="A picture file of any size; its centre square.")],
+    prompt: Annotated[str, typer.Argument(help="What is to be seen.")],
+    mask: Annotated[Path | None, typer.Option(help="A picture of the same size, white where to make it new.")] = None,
+    model: Annotated[Path | None, typer.Option(help="A cascade folder; default: the shipped emoji model.")] = None,
+    strength: Annotated[
+        float | None, typer.Option(help="The time to begin at, to 1; default: 0.6, with a mask 1.")
+    ] = None,
+    resamples: Annotated[int, typer.Option(help="How often each step is repeated, with a mask (RePaint).")] = 10,
+    composite: Annotated[
+        bool, typer.Option("--composite/--no-composite", help="Put back what the mask does not mark.")
+    ] = True,
+    n: Annotated[int, typer.Option("--n", help="Pictures.")] = 4,
+    seed: Annotated[int, typer.Option(help="Seed of the first picture; -1 draws one at random.")] = 7,
+    steps: Annotated[int | None, typer.Option(help="Of the first stage's sampler.")] = None,
+    guidance: Annotated[float | None, typer.Option(help="Of the first stage; 1 is none.")] = None,
+    negative: Annotated[str, typer.Option(help="A prompt to guide away from.")] = "",
+    out: Annotated[Path, typer.Option(help="Folder for the pictures and grid.png.")] = Path("out"),
+    overwrite: Overwrite = False,
+    overrides: StageSet = None,
+) -> None:
+    """Draw from a picture on, all of it or what a mask marks; the last line printed is the grid's path."""
+    from pipelines.edit import edit
+
+    typer.echo(str(edit(picture, prompt, mask, model, strength, resamples, composite, n, seed, steps, guidance,
+                        negative, out, overwrite, overrides or (), tell=_tell)))  # fmt: skip
 
 
 @app.command()

@@ -39,7 +39,7 @@ class Sampler(Protocol):
     ) -> Tensor: ...
 
 
-def _steps(x: Tensor, grid: Tensor, on_step: OnStep | None) -> Iterator[tuple[Tensor, Tensor]]:
+def grid_steps(x: Tensor, grid: Tensor, on_step: OnStep | None) -> Iterator[tuple[Tensor, Tensor]]:
     """(t, s), both (B,) float64 on the CPU, for each step from t to s, which the caller makes."""
     grid = grid.double().cpu()
     if grid.ndim != 1 or len(grid) < 2 or bool((grid.diff() >= 0).any()):
@@ -67,7 +67,7 @@ def ddpm(
     `variance` is the var_mix of a network that learned none: 0 the posterior variance ("fixed small"), 1 the
     forward step's ("fixed large").
     """
-    for t, s in _steps(x, grid, on_step):
+    for t, s in grid_steps(x, grid, on_step):
         prediction = predict(x, t)
         mix = variance if prediction.var_mix is None else prediction.var_mix
         x, log_variance = posterior(schedule, x, prediction.x0, t, s, mix)
@@ -93,7 +93,7 @@ def ddim(
     """
     if not 0 <= eta <= 1:
         raise ValueError(f"eta must be in [0, 1], not {eta}")
-    for t, s in _steps(x, grid, on_step):
+    for t, s in grid_steps(x, grid, on_step):
         prediction = predict(x, t)
         alpha_s, sigma_s = schedule.alpha_sigma(s)
         fresh = eta**2 * posterior_variance(schedule, t, s)
@@ -126,7 +126,7 @@ def _dpmpp(predict: Predict, x: Tensor, grid: Tensor, noise: Noise | None, sched
            on_step: OnStep | None) -> Tensor:  # fmt: skip
     """The solver of the ODE, or with noise that of the SDE."""
     previous: tuple[Tensor, Tensor] | None = None
-    for t, s in _steps(x, grid, on_step):
+    for t, s in grid_steps(x, grid, on_step):
         x0 = predict(x, t).x0
         alpha_s, sigma_s = schedule.alpha_sigma(s)
         _, sigma_t = schedule.alpha_sigma(t)
@@ -170,7 +170,7 @@ def heun(
     if churn < 0:
         raise ValueError(f"churn must not be negative, not {churn}")
     count = len(grid) - 1
-    for t, s in _steps(x, grid, on_step):
+    for t, s in grid_steps(x, grid, on_step):
         if churn > 0:
             x, t = _churned(x, t, noise, schedule, min(churn / count, math.sqrt(2) - 1), churn_range, churn_noise)
         prediction = predict(x, t)
@@ -257,7 +257,7 @@ def unipc(
     """
     known: list[tuple[Tensor, Tensor]] = []  # (x0, log(alpha / sigma)) of the last two times
     before: tuple[Tensor, Tensor] | None = None  # the last step's (x, t)
-    for t, s in _steps(x, grid, on_step):
+    for t, s in grid_steps(x, grid, on_step):
         here = predict(x, t).x0, schedule.log_snr(t) / 2
         if before is not None:
             x = _unipc_step(*before, t, known, schedule, here)

@@ -45,13 +45,10 @@ def generate(prompts: Sequence[str], model: str | Path | None = None, n: int = 4
     candidates = n if best_of is None else best_of
     check_request(prompts, candidates, seed, steps, guidance)
     judge = load_ranker(n, best_of, clip)
-    if seed == -1:
-        seed = secrets.randbelow(2**32)
-        tell(f"seed {seed}")
-    out = Path(out)
+    seed, out = seed_of(seed, tell), Path(out)
     names = [f"{k:04d}.png" for k in range(len(prompts) * n)] + ["grid.png"]
     check_out(out, names, overwrite)
-    cascade = _drawing(model or SHIPPED, stages, device or ("cuda" if torch.cuda.is_available() else "cpu"), weak)
+    cascade = drawing(model, stages, device, weak)
     kept = [stage.config.name for stage in cascade.stages[:-1]] if keep_stages else []
     names += [f"{k:04d}-{stage}.png" for k in range(len(prompts) * n) for stage in kept]
     check_out(out, names, overwrite)
@@ -62,7 +59,7 @@ def generate(prompts: Sequence[str], model: str | Path | None = None, n: int = 4
             f"{MAX_PIXELS // side**2} pictures"
         )
     sampling = cascade.sampling(steps, guidance, overrides)
-    for line in _notes(cascade, prompts, negative, sampling):
+    for line in notes_of(cascade, prompts, negative, sampling):
         tell(line)
     prompts, negative = [prompt[:MAX_PROMPT_CHARS] for prompt in prompts], negative[:MAX_PROMPT_CHARS]
     asked = [(prompt, seed + i) for prompt in prompts for i in range(candidates)]
@@ -86,7 +83,16 @@ def generate(prompts: Sequence[str], model: str | Path | None = None, n: int = 4
     return out / "grid.png"
 
 
-def _notes(cascade: Cascade, prompts: Sequence[str], negative: str, sampling: Sequence[SamplingConfig]) -> list[str]:
+def seed_of(seed: int, tell: Callable[[str], None]) -> int:
+    """The seed, or for -1 one drawn at random, which is told."""
+    if seed == -1:
+        seed = secrets.randbelow(2**32)
+        tell(f"seed {seed}")
+    return seed
+
+
+def notes_of(cascade: Cascade, prompts: Sequence[str], negative: str, sampling: Sequence[SamplingConfig]) -> list[str]:
+    """What a user should know of a request before it is drawn."""
     asked = [*prompts, negative] if negative else prompts
     notes = [line for prompt in asked for line in prompt_notes(cascade, prompt)]
     if negative and all(options.guidance == 1 for options in sampling):
@@ -94,8 +100,11 @@ def _notes(cascade: Cascade, prompts: Sequence[str], negative: str, sampling: Se
     return notes
 
 
-def _drawing(model: str | Path, stages: Sequence[str], device: str, weak: str | Path | None) -> Cascade:
-    """A cascade, or some of its stages. Raises UserError where the first draws nothing by itself."""
+def drawing(model: str | Path | None, stages: Sequence[str], device: str | None,
+            weak: str | Path | None = None) -> Cascade:  # fmt: skip
+    """A cascade (None: the shipped one), or some of its stages, on a device (None: the GPU where there is one).
+    Raises UserError where the first draws nothing by itself."""
+    model, device = model or SHIPPED, device or ("cuda" if torch.cuda.is_available() else "cpu")
     cascade = load_cascade(model, device)
     cascade = cascade.only(*stages) if stages else cascade
     if cascade.stages[0].config.low_res is not None:

@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
+from torch.nn.functional import max_pool2d, pad
 
 from ldm.conditioning import Conditioning
 from ldm.config import Config, to_dict
@@ -24,6 +24,7 @@ from ldm.denoiser import Denoiser, DenoiserConfig, Prediction, check_together
 from ldm.draws import keyed_generator
 from ldm.grids import GRIDS
 from ldm.guidance import Autoguidance, ClassifierFreeGuidance, Denoises, GuidanceInterval, Update, UpdateConfig
+from ldm.inpainting import repaint
 from ldm.latents import Normalisation
 from ldm.low_res import NULL_LEVEL, LowResConfig, condition_low_res, enlarge, local_contrast
 from ldm.models.unet import UNetConfig, build_unet
@@ -67,6 +68,22 @@ class SamplingConfig(Config):
             raise ValueError(f"rows must be from 1 to 1024, not {self.rows}")
         if not 0 <= self.level <= 1:
             raise ValueError(f"level must be from 0 to 1, not {self.level}")
+
+
+@dataclass(frozen=True)
+class Edit:
+    """A picture to begin from, of the stage's size: (B, 3, H, W) in [-1, 1], begun at the last time of the sampler's
+    grid that is at most `strength` (Meng et al. 2022, SDEdit). hole: (B, 1, H, W), 1 where it is to be made new, by
+    RePaint with so many resamples, which takes the place of the sampler; None for all of it."""
+
+    pictures: Tensor
+    strength: float = 0.6
+    hole: Tensor | None = None
+    resamples: int = 10
+
+    def __getitem__(self, index: Tensor) -> Edit:
+        hole = None if self.hole is None else self.hole[index]
+        return replace(self, pictures=self.pictures[index], hole=hole)
 
 
 @dataclass(frozen=True)
@@ -151,16 +168,17 @@ class Stage:
 
     @torch.no_grad()
     def sample(self, cond: Conditioning, null: Conditioning, seeds: Sequence[int], sampling: SamplingConfig,
-               low_res: Tensor | None = None, on_step: OnStep | None = None) -> Tensor:  # fmt: skip
+               low_res: Tensor | None = None, on_step: OnStep | None = None, edit: Edit | None = None
+               ) -> Tensor:  # fmt: skip
         """Pictures (B, 3, H, W) in [-1, 1], not clipped, on the CPU, for B conditionings and seeds.
 
-        A base draws squares of `resolution_px`. An SR stage enlarges `low_res` (B, 3, h, w) in [-1, 1] of any size;
-        pictures larger than a tile are drawn one by one in tiles. Every network call has `sampling.rows`
-        rows, so that a picture does not depend on its companions.
+        A base draws squares of `resolution_px`, or edits some. An SR stage enlarges `low_res` (B, 3, h, w) in [-1, 1]
+        of any size; pictures larger than a tile are drawn one by one in tiles. Every network call has
+        `sampling.rows` rows, so that a picture does not depend on its companions.
         """
         if self.config.low_res is None:
             side = self.config.resolution_px // self.codec.module.config.factor
-            return self._in_rows(cond, null, seeds, sampling, (side, side), None, on_step)
+            return self._in_rows(cond, null, seeds, sampling, (side, side), None, on_step, edit)
         if low_res is None:
             raise ValueError(f"stage {self.config.name} enlarges pictures: give some")
         (height, width), scale = low_res.shape[-2:], self.config.low_res.scale
@@ -184,7 +202,8 @@ class Stage:
         return windows(height, width, tile, int(OVERLAP * tile))
 
     def _in_rows(self, cond: Conditioning, null: Conditioning, seeds: Sequence[int], sampling: SamplingConfig,
-                 grid: tuple[int, int], low_res: Tensor | None, on_step: OnStep | None) -> Tensor:  # fmt: skip
+                 grid: tuple[int, int], low_res: Tensor | None, on_step: OnStep | None,
+                 edit: Edit | None = None) -> Tensor:  # fmt: skip
         parts, codec = [], self.codec.module
         for start in range(0, len(seeds), sampling.rows):
             chunk = list(seeds[start : start + sampling.rows])
@@ -193,7 +212,8 @@ class Stage:
             small = None if low_res is None else low_res[index].to(self.device)
             bound, against = self._bind(cond[index], null, own, sampling, grid, small)
             predict = partial(self._guided(sampling, against, Update(sampling.update)), cond=bound)
-            raw = self.config.normalisation.invert(self._run(predict, own, sampling, grid, on_step))
+            edited = None if edit is None else edit[index]
+            raw = self.config.normalisation.invert(self._run(predict, own, sampling, grid, on_step, edited))
             config = self.config.low_res
             if small is not None and config is not None and config.residual:
                 enlarged = codec.encode(enlarge(small, config.scale)).chunk(2, 1)[0]
@@ -261,7 +281,7 @@ class Stage:
         return text.join(small), against
 
     def _run(self, predict: Callable[[Tensor, Tensor], Prediction], seeds: Sequence[int], sampling: SamplingConfig,
-             grid: tuple[int, int], on_step: OnStep | None) -> Tensor:  # fmt: skip
+             grid: tuple[int, int], on_step: OnStep | None, edit: Edit | None = None) -> Tensor:  # fmt: skip
         """Normalised latents (B, C, h, w)."""
         generators = [keyed_generator(seed, self.config.name, "sampler") for seed in seeds]
 
@@ -269,10 +289,29 @@ class Stage:
             return torch.stack([torch.randn(like.shape[1:], generator=g) for g in generators]).to(like)
 
         schedule = self.denoiser.schedule
-        times = GRIDS[sampling.grid](sampling.steps, schedule)
-        scale = schedule.alpha_sigma(times[:1])[1].float().to(self.device)
-        x = scale * self._noise("start", seeds, (self.config.latent_channels, *grid))
+        times = self.times(sampling, edit)
+        start = self._noise("start", seeds, (self.config.latent_channels, *grid))
+        if edit is not None:
+            factor = self.codec.module.config.factor
+            moments = self.codec.module.encode(edit.pictures.to(self.device))
+            known = self.config.normalisation.apply(moments.chunk(2, 1)[0])
+            x = schedule.add_noise(known, start, times[:1].expand(len(seeds)))
+            if edit.hole is not None:
+                # a cell is made new where any of its pixels is
+                hole = max_pool2d(edit.hole.to(self.device), factor)
+                return repaint(predict, x, times, noise, schedule=schedule, known=known, hole=hole,
+                               resamples=edit.resamples, on_step=on_step)  # fmt: skip
+        else:
+            x = schedule.alpha_sigma(times[:1])[1].float().to(self.device) * start
         return SAMPLERS[sampling.sampler](predict, x, times, noise, schedule=schedule, on_step=on_step)
+
+    def times(self, sampling: SamplingConfig, edit: Edit | None = None) -> Tensor:
+        """The sampler's grid, of an edit what of it is at most its strength. ValueError where no step is left."""
+        times = GRIDS[sampling.grid](sampling.steps, self.denoiser.schedule)
+        kept = times if edit is None else times[times <= edit.strength + 1e-9]
+        if len(kept) < 2:
+            raise ValueError(f"strength must be at least {float(times[-2]):.3g} with {sampling.steps} steps")
+        return kept
 
     def _noise(self, purpose: str, seeds: Sequence[int], shape: tuple[int, ...]) -> Tensor:
         draws = [torch.randn(shape, generator=keyed_generator(s, self.config.name, purpose)) for s in seeds]

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import math
-import secrets
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,7 +20,7 @@ from ldm.config import UserError
 from ldm.decode import BadImage, Source, read_layers, read_regular
 from ldm.progress import advancing
 from pipelines.cascade import Cascade, load_cascade
-from pipelines.generate import MAX_PROMPT_CHARS, MAX_SEED, SHIPPED, check_out, prompt_notes, writing
+from pipelines.generate import MAX_PROMPT_CHARS, MAX_SEED, SHIPPED, check_out, prompt_notes, seed_of, writing
 from pipelines.images import save_png, to_uint8
 from pipelines.stage import SamplingConfig
 
@@ -76,9 +75,7 @@ def upscale(pictures: Sequence[str | Path], model: str | Path | None = None, sca
     """
     if not -1 <= seed <= MAX_SEED:
         raise UserError(f"--seed {seed}: must be from 0 to {MAX_SEED}, or -1 for a random one")
-    if seed == -1:
-        seed = secrets.randbelow(2**32)
-        tell(f"seed {seed}")
+    seed = seed_of(seed, tell)
     check_scale(scale)
     jobs = [_job(Path(picture), Path(out), scale) for picture in pictures]
     _check_targets(jobs, Path(out), overwrite)

@@ -13,8 +13,9 @@ import numpy as np
 import pytest
 
 from ldm.config import UserError
-from training import emoji
+from training import emoji, emoji_packages
 from training.data import DataConfig, Reader
+from training.emoji_packages import Source
 
 CIRCLE = '<circle cx="8" cy="8" r="{r}" fill="{fill}"/>'
 ENTRIES = [
@@ -29,7 +30,7 @@ NAMES = {"2764": "red-heart", "1f600": "grinning-face", "1f468-200d-1f33e": "man
          "1f469-200d-1f33e": "woman-farmer", "1f1eb-1f1f7": "flag-france", "1f4a1": "light-bulb"}  # fmt: skip
 
 
-def _tarball(folder: Path, source: emoji.Source, files: dict[str, object]) -> emoji.Source:
+def _tarball(folder: Path, source: Source, files: dict[str, object]) -> Source:
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w:gz") as tar:
         for name, data in files.items():
@@ -46,7 +47,7 @@ def packages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     folder = tmp_path / "packages"
     folder.mkdir()
     sources = []
-    for number, source in enumerate(emoji.SOURCES):
+    for number, source in enumerate(emoji_packages.SOURCES):
         icons = {
             name: {"body": CIRCLE.format(r=3 + k, fill=f"#{number * 30:02x}{k * 40:02x}80")}
             for k, name in enumerate(NAMES.values())
@@ -60,8 +61,8 @@ def packages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         if source.style in ("noto", "twemoji", "fluent flat"):
             files["chars.json"] = NAMES
         sources.append(_tarball(folder, source, files))
-    monkeypatch.setattr(emoji, "SOURCES", tuple(sources))
-    monkeypatch.setattr(emoji, "UNICODE", _tarball(folder, emoji.UNICODE, {"en/data.json": ENTRIES}))
+    monkeypatch.setattr(emoji_packages, "SOURCES", tuple(sources))
+    monkeypatch.setattr(emoji_packages, "UNICODE", _tarball(folder, emoji_packages.UNICODE, {"en/data.json": ENTRIES}))
     return folder
 
 
@@ -119,7 +120,7 @@ def test_splits_have_the_shares_they_say_and_need_four_designs() -> None:
 
 
 def test_a_wrong_tarball_is_refused(packages: Path, tmp_path: Path) -> None:
-    path = packages / emoji.SOURCES[2].tarball
+    path = packages / emoji_packages.SOURCES[2].tarball
     path.write_bytes(path.read_bytes() + b"x")
     with pytest.raises(UserError, match="damaged or not the pinned version"):
         emoji.build(tmp_path / "set", packages)
@@ -140,3 +141,27 @@ def test_test_data_has_all_splits_and_licences() -> None:
     assert {r["split"] for r in rows} == set(emoji.SPLITS)
     assert all(r["licence"] in (folder / "SOURCES.md").read_text() for r in rows)
     assert sum(p.stat().st_size for p in folder.rglob("*")) < 2_000_000
+
+
+def test_more_designs_change_nothing_else(
+    packages: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A heart and a star in another design: known characters join their clusters in `train`, others are left out."""
+    more = Source("crayon", "@iconify-json/crayon", "1.0.0", "MIT", "")
+    icons = {name: {"body": CIRCLE.format(r=2, fill="#102030")} for name in ("red-heart", "light-bulb", "dark-star")}
+    files = {"icons.json": {"icons": icons, "width": 16, "height": 16}, "info.json": {"author": {"name": "a"}}}
+    monkeypatch.setattr(emoji_packages, "MORE_SOURCES", (_tarball(packages, more, files),))
+    emoji.build(tmp_path / "plain", packages)
+    emoji.build(tmp_path / "more", packages, more=True)
+    plain, all_rows = (
+        [json.loads(line) for line in (tmp_path / name / "metadata.jsonl").read_text().splitlines()]
+        for name in ("plain", "more")
+    )
+    assert all_rows[: len(plain)] == plain
+    added = all_rows[len(plain) :]
+    assert [(r["style"], r["hexcode"], r["split"]) for r in added] == [
+        ("crayon", "1F4A1", "train"), ("crayon", "2764", "train")
+    ]  # fmt: skip
+    assert {r["cluster"] for r in added} <= {r["cluster"] for r in plain}
+    assert (tmp_path / "more/crayon/2764.png").is_file()
+    assert "crayon" in (tmp_path / "more/SOURCES.md").read_text()

