@@ -300,19 +300,27 @@ def generate(
     best_of: Annotated[
         int | None, typer.Option(help="Draw so many of each prompt and keep the --n that --clip finds most like it.")
     ] = None,
-    clip: Annotated[Path | None, typer.Option(help="The folder of the CLIP for --best-of.")] = None,
+    clip: Annotated[Path | None, typer.Option(help="The folder of the CLIP for --best-of and --clip-scale.")] = None,
     negative: Annotated[str, typer.Option(help="A prompt to guide away from.")] = "",
     weak: Annotated[
         Path | None, typer.Option(help="A weaker cascade, for --set base.guided=network (autoguidance).")
     ] = None,
+    classifier: Annotated[Path | None, typer.Option(help="A noise-aware classifier, to guide by its gradient.")] = None,
+    toward: Annotated[
+        list[str] | None, typer.Option(metavar="LABEL=CLASS", help="What it is to find; may be repeated.")
+    ] = None,
+    classifier_scale: Annotated[float, typer.Option(help="Of the classifier's gradient.")] = 1.0,
+    clip_scale: Annotated[float, typer.Option(help="Of the gradient of CLIP's likeness to the prompt.")] = 0.0,
 ) -> None:
     """Draw pictures for prompts; the last line printed is the grid's path."""
     from pipelines.generate import generate
+    from pipelines.steering import SteeringRequest
 
+    steer = SteeringRequest(classifier, toward or (), classifier_scale, clip, clip_scale)
     chosen = [name.strip() for name in stages.split(",") if name.strip()]
     done = generate(prompts, model, n, seed, steps, guidance, out, overwrite, overrides=overrides or (),
                     stages=chosen, keep_stages=keep_stages, best_of=best_of, clip=clip, negative=negative, weak=weak,
-                    tell=_tell)  # fmt: skip
+                    steer=steer, tell=_tell)  # fmt: skip
     typer.echo(str(done))
 
 

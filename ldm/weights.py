@@ -23,10 +23,12 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from ldm.config import Config, UserError, parse, to_dict
-from ldm.latents import CodecConfig, LatentCodec
+from ldm.latents import CodecConfig, LatentCodec, Normalisation
 from ldm.models.autoencoder import build_autoencoder
 from ldm.models.classifier import Classifier, ClassifierConfig
 from ldm.models.clip import Clip, ClipConfig, build_clip, clip_config, clip_settings, tokenizer
+from ldm.models.noisy_classifier import NoisyClassifier, NoisyClassifierConfig
+from ldm.noise import NoiseScheduleConfig
 
 N = TypeVar("N", bound=nn.Module)
 
@@ -232,6 +234,36 @@ def load_classifier(folder: str | Path) -> Classifier:
     folder = Path(folder)
     found = parse(ClassifierFile, read_json(folder / "config.json"), str(folder / "config.json"))
     return load_network(lambda: Classifier(found.classifier, found.classes), folder / CLASSIFIER_FILE)
+
+
+@dataclass(frozen=True)
+class NoisyClassifierFile(Config):
+    """config.json of a noise-aware classifier's folder. The rest is of the stage whose latents it has learned."""
+
+    noisy_classifier: NoisyClassifierConfig
+    classes: dict[str, tuple[str, ...]]
+    latent_channels: int
+    schedule: NoiseScheduleConfig
+    normalisation: Normalisation
+    codec_digest: str
+
+
+def save_noisy_classifier(classifier: NoisyClassifier, file: NoisyClassifierFile, folder: Path) -> None:
+    """Write a noise-aware classifier's folder: config.json and model.safetensors, in float16."""
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {name: value.detach().cpu().half().contiguous() for name, value in classifier.state_dict().items()}
+    save_file(tensors, folder / CLASSIFIER_FILE)
+    write_json(folder / "config.json", to_dict(file))
+
+
+def load_noisy_classifier(folder: str | Path) -> tuple[NoisyClassifier, NoisyClassifierFile]:
+    """Read a noise-aware classifier's folder. Raises UserError where it is not one or is damaged."""
+    folder = Path(folder)
+    found = parse(NoisyClassifierFile, read_json(folder / "config.json"), str(folder / "config.json"))
+    network = load_network(
+        lambda: NoisyClassifier(found.noisy_classifier, found.latent_channels, found.classes), folder / CLASSIFIER_FILE
+    )
+    return network, found
 
 
 def save_clip(clip: Clip, text: Path, folder: Path, final: Path) -> None:

@@ -40,7 +40,7 @@ from ldm.weights import (
     save_network,
     write_json,
 )
-from pipelines.stage import Edit, OnStep, SamplingConfig, Stage, StageConfig
+from pipelines.stage import Edit, OnStep, SamplingConfig, Stage, StageConfig, Steering
 
 FORMAT = 1
 
@@ -126,12 +126,13 @@ class Cascade:
 
     def draw(self, prompts: Sequence[str], seeds: Sequence[int], sampling: Sequence[SamplingConfig] | None = None,
              low_res: Tensor | None = None, on_step: OnStep | None = None, negative: str = "",
-             edit: Edit | None = None) -> list[Tensor]:  # fmt: skip
+             edit: Edit | None = None, steer: Steering | None = None) -> list[Tensor]:  # fmt: skip
         """What each stage makes: pictures (B, 3, H, W) in [-1, 1], on the CPU, one per prompt and seed, in steps
         of 1/255 as a file would hold them, since that is what the next stage gets.
 
         low_res: what the first stage enlarges, (B, 3, h, w) in [-1, 1], if it is an SR stage. negative: a prompt to
-        guide away from, in place of none. edit: what the first stage begins from, if it is a base.
+        guide away from, in place of none. edit: what the first stage begins from, and steer: what
+        else guides it, if it is a base.
         A picture depends on its prompt, its seed, its low_res and the sampling only, never on its companions.
         """
         if len(prompts) != len(seeds) or not prompts:
@@ -140,8 +141,8 @@ class Cascade:
         with torch.no_grad():
             cond, null = Conditioning(*self.text.encode(prompts)), Conditioning(*self.text.encode([negative]))
             for stage, options in zip(self.stages, sampling or self.sampling(), strict=True):
-                own = edit if stage is self.stages[0] else None
-                low_res = _in_steps(stage.sample(cond, null, seeds, options, low_res, on_step, own))
+                own = (edit, steer) if stage is self.stages[0] else (None, None)
+                low_res = _in_steps(stage.sample(cond, null, seeds, options, low_res, on_step, *own))
                 made.append(low_res)
         return made
 

@@ -17,6 +17,7 @@ from pipelines.cascade import Cascade, load_cascade
 from pipelines.images import grid, save_png, to_uint8
 from pipelines.ranking import load_ranker, most_like
 from pipelines.stage import MAX_GUIDANCE, MAX_STEPS, SamplingConfig
+from pipelines.steering import SteeringRequest, steering
 
 SHIPPED = Path(__file__).parent / "weights" / "emoji"
 MAX_SEED = 2**63 - 1
@@ -29,6 +30,7 @@ def generate(prompts: Sequence[str], model: str | Path | None = None, n: int = 4
              overwrite: bool = False, device: str | None = None, overrides: Sequence[str] = (),
              stages: Sequence[str] = (), keep_stages: bool = False, best_of: int | None = None,
              clip: str | Path | None = None, negative: str = "", weak: str | Path | None = None,
+             steer: SteeringRequest | None = None,
              tell: Callable[[str], None] = lambda line: None) -> Path:  # fmt: skip
     """Write `n` pictures per prompt and grid.png into `out`; returns the grid's path.
 
@@ -38,13 +40,14 @@ def generate(prompts: Sequence[str], model: str | Path | None = None, n: int = 4
     keep_stages: write each stage's picture too, as 0000-base.png. best_of: draw so many of each prompt, with seed,
     seed + 1, ..., and keep the `n` that the CLIP in the folder `clip` finds most like it, best first. negative: a
     prompt to guide away from. weak: a cascade whose stages, less trained or smaller, those of the same names are
-    guided against where overrides say so, as "base.guided=network".
+    guided against where overrides say so, as "base.guided=network". steer: what else guides the first stage.
     tell: gets a line for each thing the user should know (truncation, empty prompts, the seed).
     Raises UserError, before any work, for values out of range, a model that cannot be used, or files in the way.
     """
     candidates = n if best_of is None else best_of
     check_request(prompts, candidates, seed, steps, guidance)
-    judge = load_ranker(n, best_of, clip)
+    judge, steer = load_ranker(n, best_of, clip), steer or SteeringRequest()
+    steer.check()
     seed, out = seed_of(seed, tell), Path(out)
     names = [f"{k:04d}.png" for k in range(len(prompts) * n)] + ["grid.png"]
     check_out(out, names, overwrite)
@@ -67,18 +70,19 @@ def generate(prompts: Sequence[str], model: str | Path | None = None, n: int = 4
     with advancing("denoising", calls) as advance:
         drawn = cascade.draw(
             [p for p, _ in asked], [s for _, s in asked], sampling, on_step=lambda _done, _of: advance(),
-            negative=negative,
+            negative=negative, steer=steering(steer, cascade.stages[0], [p for p, _ in asked]),
         )
     if judge is not None:
         best = most_like(judge, prompts, drawn[-1], n)
         drawn, asked = [made[best] for made in drawn], [asked[k] for k in best]
+    told = {"steered": steer.recipe} if steer.recipe else {}
     columns = n if len(prompts) > 1 else min(n, math.ceil(math.sqrt(n)))
     with writing(out):
         for stage, made in [*zip(kept, drawn, strict=False), ("", drawn[-1])]:
             own = cascade.upto(stage) if stage else cascade
             for k, picture in enumerate(to_uint8(made)):
                 name = f"{k:04d}-{stage}.png" if stage else names[k]
-                save_png(picture, out / name, own.recipe(*asked[k], sampling[: len(own.stages)], negative))
+                save_png(picture, out / name, own.recipe(*asked[k], sampling[: len(own.stages)], negative) | told)
         save_png(grid(list(to_uint8(drawn[-1])), columns), out / "grid.png")
     return out / "grid.png"
 

@@ -38,6 +38,7 @@ MAX_SIDE_PX = 65_536
 MAX_GUIDANCE = 100.0
 OVERLAP = 0.25  # of a tile, at least
 OnStep = Callable[[int, int], None]
+Steering = Callable[[Denoises, Sequence[int]], Denoises]  # a guided denoiser, and which of the pictures it is to draw
 
 
 @dataclass(frozen=True)
@@ -168,17 +169,17 @@ class Stage:
 
     @torch.no_grad()
     def sample(self, cond: Conditioning, null: Conditioning, seeds: Sequence[int], sampling: SamplingConfig,
-               low_res: Tensor | None = None, on_step: OnStep | None = None, edit: Edit | None = None
-               ) -> Tensor:  # fmt: skip
+               low_res: Tensor | None = None, on_step: OnStep | None = None, edit: Edit | None = None,
+               steer: Steering | None = None) -> Tensor:  # fmt: skip
         """Pictures (B, 3, H, W) in [-1, 1], not clipped, on the CPU, for B conditionings and seeds.
 
-        A base draws squares of `resolution_px`, or edits some. An SR stage enlarges `low_res` (B, 3, h, w) in [-1, 1]
-        of any size; pictures larger than a tile are drawn one by one in tiles. Every network call has
-        `sampling.rows` rows, so that a picture does not depend on its companions.
+        A base draws squares of `resolution_px`, or edits some, guided by `steer` too. An SR stage enlarges `low_res`
+        (B, 3, h, w) in [-1, 1] of any size; pictures larger than a tile are drawn one by one in tiles. Every network
+        call has `sampling.rows` rows, so that a picture does not depend on its companions.
         """
         if self.config.low_res is None:
             side = self.config.resolution_px // self.codec.module.config.factor
-            return self._in_rows(cond, null, seeds, sampling, (side, side), None, on_step, edit)
+            return self._in_rows(cond, null, seeds, sampling, (side, side), None, on_step, edit, steer)
         if low_res is None:
             raise ValueError(f"stage {self.config.name} enlarges pictures: give some")
         (height, width), scale = low_res.shape[-2:], self.config.low_res.scale
@@ -203,7 +204,7 @@ class Stage:
 
     def _in_rows(self, cond: Conditioning, null: Conditioning, seeds: Sequence[int], sampling: SamplingConfig,
                  grid: tuple[int, int], low_res: Tensor | None, on_step: OnStep | None,
-                 edit: Edit | None = None) -> Tensor:  # fmt: skip
+                 edit: Edit | None = None, steer: Steering | None = None) -> Tensor:  # fmt: skip
         parts, codec = [], self.codec.module
         for start in range(0, len(seeds), sampling.rows):
             chunk = list(seeds[start : start + sampling.rows])
@@ -211,7 +212,8 @@ class Stage:
             own = [seeds[i] for i in index.tolist()]
             small = None if low_res is None else low_res[index].to(self.device)
             bound, against = self._bind(cond[index], null, own, sampling, grid, small)
-            predict = partial(self._guided(sampling, against, Update(sampling.update)), cond=bound)
+            guided = self._guided(sampling, against, Update(sampling.update))
+            predict = partial(guided if steer is None else steer(guided, index.tolist()), cond=bound)
             edited = None if edit is None else edit[index]
             raw = self.config.normalisation.invert(self._run(predict, own, sampling, grid, on_step, edited))
             config = self.config.low_res

@@ -22,6 +22,7 @@ from training.tasks import RunConfig
 
 # configs/accelerate holds files of the launcher, for tests/test_launch_configs.py
 CONFIGS = sorted(p for p in Path("configs").rglob("*.yaml") if p.parent.name != "accelerate")
+KINDS = "autoencoder, classifier, clip, diffusion, noisy_classifier"
 AUTOENCODER = """\
 kind: autoencoder
 data:
@@ -233,9 +234,9 @@ def test_the_kind_decides_which_keys_are_known(file: Path) -> None:
     assert line.startswith("run.yaml:8: unet: unknown key; allowed here: cache, codec, data,")
     assert refusal(file, DIFFUSION.replace("codec: runs/codec\n", "")) == ["run.yaml: codec: missing"]
     assert refusal(file, "kind: autoencoder\n") == ["run.yaml: data: missing", "run.yaml: loop: missing"]
-    wrong = "run.yaml:1: kind: must be one of autoencoder, classifier, clip, diffusion (got 'autoencodr')"
+    wrong = f"run.yaml:1: kind: must be one of {KINDS} (got 'autoencodr')"
     assert refusal(file, "kind: autoencodr\nloop: 3\n") == [wrong]
-    assert refusal(file, "loop: {}\n") == ["run.yaml: kind: missing; one of autoencoder, classifier, clip, diffusion"]
+    assert refusal(file, "loop: {}\n") == [f"run.yaml: kind: missing; one of {KINDS}"]
     assert refusal(file, "kind: [autoencoder]\n")[0].startswith("run.yaml:1: kind: must be one of")
 
 
@@ -264,7 +265,7 @@ def test_overrides_set_values_and_make_sections(file: Path) -> None:
         ("optim.lrr=3", "--set optim.lrr: optim.lrr: unknown key; did you mean lr?"),
         ("optim={lr: 1e-3, lr: 2e-3}", "--set optim:1: duplicate key 'lr'"),
         ("loop=", "--set loop: loop: must be a section of keys and values (got None)"),
-        ("kind=foo", "--set kind: kind: must be one of autoencoder, classifier, clip, diffusion (got 'foo')"),
+        ("kind=foo", f"--set kind: kind: must be one of {KINDS} (got 'foo')"),
         ("loop.batch=0", "--set loop.batch: loop.batch: batch 0 must be from 1 to"),
     ],
 )

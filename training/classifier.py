@@ -81,14 +81,14 @@ class ClassifierModule(nn.Module):
         pictures = augment(batch, self.config.classifier.side_px, self.config.augmentation)
         records = [batch.cache.record(i) for i in batch.indices]
         wanted = {name: labels_of(records, name, self.classifier.classes[name]) for name in self.config.labels}
-        return classifier_step(self.classifier, pictures.to(device), wanted, self.config.smoothing)
+        return cross_entropies(self.classifier(pictures.to(device)), wanted, self.config.smoothing)
 
 
-def classifier_step(classifier: Classifier, pictures: Tensor, wanted: dict[str, Tensor], smoothing: float
-                    ) -> StepResult:  # fmt: skip
-    """Sum over labels of the cross-entropy with smoothed targets; wanted: {label: class (B,)}."""
+def cross_entropies(found: dict[str, Tensor], wanted: dict[str, Tensor], smoothing: float) -> StepResult:
+    """Sum over labels of the cross-entropy with smoothed targets; found: {label: logits (B, K)}, wanted: {label: class
+    (B,)}."""
     losses, metrics = [], {}
-    for name, logits in classifier(pictures).items():
+    for name, logits in found.items():
         target = wanted[name].to(logits.device)
         losses.append(cross_entropy(logits.float(), target, label_smoothing=smoothing))
         metrics[f"{name}_right"] = (logits.argmax(1) == target).float().mean()

@@ -19,14 +19,16 @@ from ldm.denoiser import Denoiser
 from ldm.latents import CodecConfig, LatentCodec
 from ldm.models.classifier import Classifier
 from ldm.models.clip import build_clip
+from ldm.models.noisy_classifier import NoisyClassifier
 from ldm.models.unet import build_unet
 from ldm.noise import NoiseSchedule
 from ldm.text import TextConfig, load_text_encoder
 from ldm.weights import read_json
 from training.autoencoder import AutoencoderRun
-from training.classifier import ClassifierRun, classifier_step
+from training.classifier import ClassifierRun, cross_entropies
 from training.clip import ClipRun, clip_step, unlock
 from training.diffusion import DiffusionRun
+from training.noisy_classifier import NoisyClassifierRun
 from training.steps import autoencoder_step
 from training.tasks import AnyRun, RunConfig
 
@@ -102,13 +104,25 @@ def _diffusion(config: DiffusionRun, config_path: Path) -> tuple[nn.Module, Tens
     return denoiser, loss, lines
 
 
+def _noisy_classifier(config: NoisyClassifierRun, config_path: Path) -> tuple[nn.Module, Tensor, list[str]]:
+    stage = config.load_stage()
+    channels, side = stage.config.latent_channels, stage.config.resolution_px // stage.codec.module.config.factor
+    with torch.device("meta"):
+        network = NoisyClassifier(config.classifier, channels, dict.fromkeys(config.labels, ("a", "b")))
+    batch = config.loop.batch
+    wanted = {name: torch.zeros(batch, dtype=torch.long, device="meta") for name in config.labels}
+    latents = torch.randn(batch, channels, side, side, device="meta")
+    loss = cross_entropies(network(latents, torch.zeros(batch)), wanted, 0.0).losses[0]
+    return network, loss, [f"latents {side} x {side} x {channels} -> {', '.join(config.labels)}"]
+
+
 def _classifier(config: ClassifierRun, config_path: Path) -> tuple[nn.Module, Tensor, list[str]]:
     with torch.device("meta"):
         network = Classifier(config.classifier, dict.fromkeys(config.labels, ("a", "b")))
     side, batch = config.classifier.side_px, config.loop.batch
     wanted = {name: torch.zeros(batch, dtype=torch.long, device="meta") for name in config.labels}
     pictures = torch.randn(batch, 3, side, side, device="meta")
-    loss = classifier_step(network, pictures, wanted, config.smoothing).losses[0]
+    loss = cross_entropies(network(pictures), wanted, config.smoothing).losses[0]
     return network, loss, [f"{side} px -> {', '.join(config.labels)}; their classes are the data's, here 2 each"]
 
 
@@ -125,7 +139,8 @@ def _clip(config: ClipRun, config_path: Path) -> tuple[nn.Module, Tensor, list[s
 
 
 _STEPS: dict[type, Callable[[Any, Path], tuple[nn.Module, Tensor, list[str]]]] = {
-    AutoencoderRun: _autoencoder, ClassifierRun: _classifier, ClipRun: _clip, DiffusionRun: _diffusion
+    AutoencoderRun: _autoencoder, ClassifierRun: _classifier, ClipRun: _clip, DiffusionRun: _diffusion,
+    NoisyClassifierRun: _noisy_classifier,
 }  # fmt: skip
 
 

@@ -16,11 +16,13 @@ from training.clip import ClipRun, ClipTask
 from training.data import Reader
 from training.diffusion import DiffusionRun, DiffusionTask
 from training.engine import Task
+from training.noisy_classifier import NoisyClassifierRun, NoisyClassifierTask
 
-RunConfig = Annotated[AutoencoderRun | ClassifierRun | ClipRun | DiffusionRun, tagged()]
-AnyRun = AutoencoderRun | ClassifierRun | ClipRun | DiffusionRun
+RunConfig = Annotated[AutoencoderRun | ClassifierRun | ClipRun | DiffusionRun | NoisyClassifierRun, tagged()]
+AnyRun = AutoencoderRun | ClassifierRun | ClipRun | DiffusionRun | NoisyClassifierRun
 _TASKS: dict[type, Any] = {
     AutoencoderRun: AutoencoderTask, ClassifierRun: ClassifierTask, ClipRun: ClipTask, DiffusionRun: DiffusionTask,
+    NoisyClassifierRun: NoisyClassifierTask,
 }  # fmt: skip
 
 
@@ -31,6 +33,9 @@ def load_parts(config: AnyRun) -> tuple[tuple[Reader, Reader], Codec | None, Tex
     """
     # the data first: a wrong folder is told before any network is loaded
     readers = config.validation.readers(config.data, config.shard_items)
+    if isinstance(config, NoisyClassifierRun):
+        codec = config.load_stage().codec
+        return readers, codec if codec.module.config.autoencoder is not None else None, None
     if not isinstance(config, DiffusionRun):
         return readers, None, None
     codec, text = config.load_frozen()
