@@ -8,6 +8,8 @@ from typing import Annotated, Any, Literal
 
 import typer
 
+from ldm.eval_cli import Overwrite, StageSet, eval_app, printable, tell
+
 app = typer.Typer(
     name="ldm",
     help="Text-to-image latent diffusion with super-resolution stages: data, training, generation.",
@@ -17,7 +19,6 @@ app = typer.Typer(
 )
 data_app = typer.Typer(help="Build or check a data set.", no_args_is_help=True)
 app.add_typer(data_app, name="data")
-eval_app = typer.Typer(help="Measure what was trained.", no_args_is_help=True)
 app.add_typer(eval_app, name="eval")
 ckpt_app = typer.Typer(help="Look at the checkpoints of a run.", no_args_is_help=True)
 app.add_typer(ckpt_app, name="ckpt")
@@ -26,21 +27,6 @@ Config = Annotated[Path, typer.Argument(help="A YAML file, such as configs/emoji
 Set = Annotated[
     list[str] | None, typer.Option("--set", metavar="A.B=C", help="Override a config value; may be repeated.")
 ]
-
-
-StageSet = Annotated[
-    list[str] | None, typer.Option("--set", metavar="STAGE.A=B", help="Override a stage's sampling, as sr.steps=4.")
-]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace files of the same names.")]
-
-
-def _tell(line: str) -> None:
-    typer.echo(_printable(line), err=True)
-
-
-def _printable(text: str) -> str:
-    """The text with whatever could steer a terminal escaped: messages quote names and files of others."""
-    return "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in text)
 
 
 @app.command()
@@ -177,109 +163,6 @@ def ckpt_join(
     typer.echo(str(join(folders, out)))
 
 
-@eval_app.command("codec")
-def eval_codec(
-    model: Annotated[Path, typer.Argument(metavar="MODEL", help="A codec's folder, or a cascade's.")],
-    data: Annotated[Path, typer.Argument(metavar="DATA", help="The data set.")],
-    out: Annotated[Path, typer.Option(help="Folder for the report and its pictures.")] = Path("out/codec"),
-    split: Annotated[str, typer.Option(help="The held-out split.")] = "combos",
-    size_px: Annotated[list[int] | None, typer.Option(min=8, help="Size of pictures; may be repeated.")] = None,
-    pictures: Annotated[int | None, typer.Option(min=2, help="At most so many, evenly spread.")] = None,
-    overwrite: Overwrite = False,
-) -> None:
-    """Measure what a codec loses of held-out pictures."""
-    from training.codec_report import evaluate
-
-    typer.echo(str(evaluate(model, data, out, split, size_px or [64], pictures, overwrite, tell=_tell)))
-
-
-@eval_app.command("loss")
-def eval_loss(
-    model: Annotated[Path, typer.Argument(metavar="MODEL", help="A cascade folder.")],
-    data: Annotated[Path, typer.Argument(metavar="DATA", help="The data set.")],
-    out: Annotated[Path, typer.Option(help="Folder for the report and its curves.")] = Path("out/loss"),
-    split: Annotated[str, typer.Option(help="The held-out split.")] = "combos",
-    rows: Annotated[int | None, typer.Option(min=2, help="At most so many pictures, evenly spread.")] = None,
-    cache: Annotated[Path, typer.Option(help="Where the encoded pictures are kept.")] = Path("cache"),
-    overwrite: Overwrite = False,
-) -> None:
-    """Measure the error of each stage's network by noise level, with and without the caption."""
-    from training.loss_report import evaluate
-
-    typer.echo(str(evaluate(model, data, out, split, rows, cache, overwrite, tell=_tell)))
-
-
-@eval_app.command("pictures")
-def eval_pictures(
-    model: Annotated[Path, typer.Argument(metavar="MODEL", help="A cascade folder that begins with a base.")],
-    data: Annotated[Path, typer.Argument(metavar="DATA", help="The data set, with a split `train` and held-out ones.")],
-    out: Annotated[Path, typer.Option(help="Folder for the report and its pictures.")] = Path("out/pictures"),
-    judge: Annotated[Path | None, typer.Option(help="A classifier's folder, for its verdicts.")] = None,
-    clip: Annotated[Path | None, typer.Option(help="A CLIP's folder, for likeness to the prompt.")] = None,
-    split: Annotated[str, typer.Option(help="The held-out split whose captions are drawn.")] = "combos",
-    seeds: Annotated[int, typer.Option(min=1, help="Pictures of each caption.")] = 4,
-    rows: Annotated[int | None, typer.Option(min=2, help="At most so many captions, evenly spread.")] = None,
-    stages: Annotated[list[str] | None, typer.Option(help="A stage to run; may be repeated. Default: all.")] = None,
-    prompts: Annotated[Path | None, typer.Option(help="Other prompts: JSON lines with the fields to find.")] = None,
-    cache: Annotated[Path, typer.Option(help="Where features of the training pictures are kept.")] = Path("cache"),
-    overrides: StageSet = None,
-    overwrite: Overwrite = False,
-) -> None:
-    """Draw pictures for captions never trained on and measure them: do they show it, and how well?"""
-    from training.picture_report import evaluate
-
-    typer.echo(str(evaluate(model, data, out, judge, clip, split, seeds, rows, stages or [], prompts, cache,
-                            overrides or [], overwrite, tell=_tell)))  # fmt: skip
-
-
-@eval_app.command("sweep")
-def eval_sweep(
-    model: Annotated[Path, typer.Argument(metavar="MODEL", help="A cascade folder that begins with a base.")],
-    data: Annotated[Path, typer.Argument(metavar="DATA", help="The data set, with a split `train` and held-out ones.")],
-    sweep: Annotated[list[str], typer.Option(metavar="FIELD=V,V", help="Sampling fields; may be repeated.")],
-    out: Annotated[Path, typer.Option(help="Folder for the report and its pictures.")] = Path("out/sweep"),
-    judge: Annotated[Path | None, typer.Option(help="A classifier's folder, for its verdicts.")] = None,
-    against: Annotated[list[Path] | None, typer.Option(help="Another model beside it; may be repeated.")] = None,
-    split: Annotated[str, typer.Option(help="The held-out split whose captions are drawn.")] = "combos",
-    pictures: Annotated[int, typer.Option(min=2, help="Pictures of each combination.")] = 256,
-    cache: Annotated[Path, typer.Option(help="Where features of the training pictures are kept.")] = Path("cache"),
-    overwrite: Overwrite = False,
-) -> None:
-    """Draw by the base alone with every combination of settings: what does quality cost?"""
-    from training.picture_sweep import evaluate
-
-    typer.echo(str(evaluate(model, data, out, sweep, judge, against or [], split, pictures, cache, overwrite,
-                            tell=_tell)))  # fmt: skip
-
-
-@eval_app.command("cascade")
-def eval_cascade(
-    model: Annotated[Path, typer.Argument(metavar="MODEL", help="A cascade folder with an SR stage.")],
-    data: Annotated[Path, typer.Argument(metavar="DATA", help="The data set.")],
-    out: Annotated[Path, typer.Option(help="Folder for report.json, curves.png and pictures.png.")] = Path("out/eval"),
-    stage: Annotated[str | None, typer.Option(help="Name of the SR stage; default: the first.")] = None,
-    pictures: Annotated[int, typer.Option(min=2, help="Held-out pictures to measure on.")] = 96,
-    split: Annotated[str, typer.Option(help="Of the data; empty for all of it.")] = "combos",
-    stride: Annotated[int | None, typer.Option(min=2, help="Of data without splits: validation.stride.")] = None,
-    against: Annotated[list[Path] | None, typer.Option(help="Another SR cascade beside it; may be repeated.")] = None,
-    sweep: Annotated[
-        list[str] | None,
-        typer.Option(metavar="FIELD=V,V", help="Sampling fields to sweep; default: level=0,0.1,0.2 and steps=1,2,4,8."),
-    ] = None,
-    sweep_pictures: Annotated[int, typer.Option(min=2, help="Pictures of each cell of the sweep.")] = 32,
-    tiled: Annotated[int, typer.Option(min=0, help="Large pictures to enlarge in tiles and at once.")] = 0,
-    save: Annotated[bool, typer.Option("--save", help="Keep the best setting as the stage's default.")] = False,
-    overwrite: Overwrite = False,
-) -> None:
-    """Measure an SR stage on real small pictures and on the base's, and sweep its sampling."""
-    from training.boundary_report import evaluate
-
-    done = evaluate(model, data, out, stage, pictures, split or None, stride, against or (),
-                    sweep or ("level=0,0.1,0.2", "steps=1,2,4,8"), sweep_pictures, tiled, save, overwrite,
-                    tell=_tell)  # fmt: skip
-    typer.echo(str(done))
-
-
 @app.command()
 def generate(
     prompts: Annotated[list[str], typer.Argument(metavar="PROMPT...", help="One or more prompts.")],
@@ -320,7 +203,7 @@ def generate(
     chosen = [name.strip() for name in stages.split(",") if name.strip()]
     done = generate(prompts, model, n, seed, steps, guidance, out, overwrite, overrides=overrides or (),
                     stages=chosen, keep_stages=keep_stages, best_of=best_of, clip=clip, negative=negative, weak=weak,
-                    steer=steer, tell=_tell)  # fmt: skip
+                    steer=steer, tell=tell)  # fmt: skip
     typer.echo(str(done))
 
 
@@ -350,7 +233,7 @@ def edit(
     from pipelines.edit import edit
 
     typer.echo(str(edit(picture, prompt, mask, model, strength, resamples, composite, n, seed, steps, guidance,
-                        negative, out, overwrite, overrides or (), tell=_tell)))  # fmt: skip
+                        negative, out, overwrite, overrides or (), tell=tell)))  # fmt: skip
 
 
 @app.command()
@@ -370,7 +253,7 @@ def upscale(
     """Enlarge pictures by super-resolution stages; prints the plan first, and each file's path."""
     from pipelines.upscale import upscale
 
-    for path in upscale(pictures, model, scale, prompt, seed, out, overwrite, overrides or (), tile, tell=_tell):
+    for path in upscale(pictures, model, scale, prompt, seed, out, overwrite, overrides or (), tile, tell=tell):
         typer.echo(str(path))
 
 
@@ -384,7 +267,7 @@ def main() -> Any:
 
         if not isinstance(error, (UserError, OSError)):
             raise
-        print(f"ldm: {_printable(str(error))}", file=sys.stderr)
+        print(f"ldm: {printable(str(error))}", file=sys.stderr)
         sys.exit(error.exit_code if isinstance(error, UserError) else 1)
 
 

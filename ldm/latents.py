@@ -20,10 +20,12 @@ LOG_VARIANCE_RANGE = (-30.0, 20.0)
 
 @dataclass(frozen=True)
 class CodecConfig(Config):
-    """Space-to-depth by `unshuffle`, then an autoencoder, or none for stages that work on pixels."""
+    """Space-to-depth by `unshuffle`, then an autoencoder, or none for stages that work on pixels. grey: pictures are
+    one channel, the mean of their three, and come back grey."""
 
     unshuffle: int = 4
     autoencoder: AutoencoderConfig | None = AutoencoderConfig()
+    grey: bool = False
 
     def __post_init__(self) -> None:
         if self.unshuffle not in (1, 2, 4, 8):
@@ -36,7 +38,12 @@ class CodecConfig(Config):
 
     @property
     def latent_channels(self) -> int:
-        return self.autoencoder.latent_channels if self.autoencoder else 3 * self.unshuffle**2
+        return self.autoencoder.latent_channels if self.autoencoder else self.squares
+
+    @property
+    def squares(self) -> int:
+        """Channels of a picture after space-to-depth."""
+        return (1 if self.grey else 3) * self.unshuffle**2
 
 
 @dataclass(frozen=True)
@@ -85,7 +92,7 @@ class LatentCodec(nn.Module):
         super().__init__()
         self.config = config
         self.autoencoder = (
-            build_autoencoder(config.autoencoder, 3 * config.unshuffle**2) if config.autoencoder else None
+            build_autoencoder(config.autoencoder, config.squares) if config.autoencoder else None
         )
 
     @property
@@ -100,6 +107,7 @@ class LatentCodec(nn.Module):
         """
         if pixels.shape[-1] % self.config.factor or pixels.shape[-2] % self.config.factor:
             raise ValueError(f"picture sides {tuple(pixels.shape[-2:])} must be multiples of {self.config.factor}")
+        pixels = pixels.mean(1, keepdim=True) if self.config.grey else pixels
         squares = pixel_unshuffle(pixels, self.config.unshuffle)
         if self.autoencoder is None:
             return torch.cat([squares, torch.full_like(squares, LOG_VARIANCE_RANGE[0])], dim=1)
@@ -110,7 +118,8 @@ class LatentCodec(nn.Module):
     def decode(self, raw: Tensor) -> Tensor:
         """Raw latents (B, C, h, w) -> pixels (B, 3, H, W), not clipped."""
         squares = raw if self.autoencoder is None else self.autoencoder.decode(raw).sample
-        return pixel_shuffle(squares, self.config.unshuffle)
+        pixels = pixel_shuffle(squares, self.config.unshuffle)
+        return pixels.expand(-1, 3, -1, -1) if self.config.grey else pixels
 
 
 @torch.no_grad()

@@ -208,7 +208,7 @@ def load_codec(folder: str | Path) -> Codec:
     with torch.device("meta"):
         codec = LatentCodec(config)
     if config.autoencoder is not None:
-        shape, channels = config.autoencoder, 3 * config.unshuffle**2
+        shape, channels = config.autoencoder, config.squares
         codec.autoencoder = load_network(lambda: build_autoencoder(shape, channels), folder / "vae" / NETWORK_FILE)
     return Codec(codec.eval().requires_grad_(False), codec_digest(folder))
 

@@ -74,7 +74,8 @@ class PreviewConfig(Config):
 class DiffusionRun(StageRun):
     """`ldm train` of a text-conditioned denoiser at `data.size_px`.
 
-    codec: a codec folder, or null for a stage that works on pixels, `unshuffle` squared of them in a grid cell.
+    codec: a codec folder, or null for a stage that works on pixels, `unshuffle` squared of them in a grid cell, and
+    where `grey` on their mean over colours.
     dropout: the share of items whose text is replaced by the null, for classifier-free guidance.
     low_res: null for a base; upscaling: read where it is not. last: see `Frozen`.
     """
@@ -83,6 +84,7 @@ class DiffusionRun(StageRun):
     name: str = "base"
     codec: str | None
     unshuffle: int = 4
+    grey: bool = False
     text: TextConfig = TextConfig()
     unet: UNetConfig = UNetConfig()
     schedule: NoiseScheduleConfig = NoiseScheduleConfig()
@@ -123,7 +125,7 @@ class DiffusionRun(StageRun):
     def load_frozen(self) -> tuple[Codec, TextEncoder]:
         """The codec and the text encoder, on this process's device. Raises UserError where sizes do not fit."""
         device = process_state().device
-        pixels = LatentCodec(CodecConfig(unshuffle=self.unshuffle, autoencoder=None))
+        pixels = LatentCodec(CodecConfig(unshuffle=self.unshuffle, autoencoder=None, grey=self.grey))
         codec = load_codec(self.codec) if self.codec is not None else Codec(pixels, PIXELS)
         codec.module.to(device)
         self.check_sizes(codec.module.config)

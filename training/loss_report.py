@@ -46,7 +46,7 @@ def evaluate(model: str | Path, data: str | Path, out: str | Path, split: str = 
     cascade = load_cascade(model, device or ("cuda" if torch.cuda.is_available() else "cpu"))
     lines: dict[str, dict[str, Estimate]] = {}
     for stage in cascade.stages:
-        held, frozen = _held_out(cascade, stage, data, split, cache)
+        held, frozen = held_out(cascade, stage, data, split, cache)
         count = min(rows or len(held), len(held))
         chosen = [k * len(held) // count for k in range(count)]
         records = [held.record(i) for i in chosen]
@@ -70,7 +70,7 @@ def evaluate(model: str | Path, data: str | Path, out: str | Path, split: str = 
     return Path(out) / "report.json"
 
 
-def _held_out(cascade: Cascade, stage: Stage, data: str | Path, split: str, cache: str | Path) -> tuple[Cache, Frozen]:
+def held_out(cascade: Cascade, stage: Stage, data: str | Path, split: str, cache: str | Path) -> tuple[Cache, Frozen]:
     """The split as the stage's training reads it, and the stage's frozen parts."""
     config = stage.config
     reader = Reader(DataConfig(path=str(data), split=split, size_px=config.resolution_px))

@@ -147,7 +147,7 @@ _STEPS: dict[type, Callable[[Any, Path], tuple[nn.Module, Tensor, list[str]]]] =
 def codec_config(config: DiffusionRun, config_path: Path) -> CodecConfig:
     """The codec's shape: of its folder, or of the config beside this one that is to make it."""
     if config.codec is None:
-        return CodecConfig(unshuffle=config.unshuffle, autoencoder=None)
+        return CodecConfig(unshuffle=config.unshuffle, autoencoder=None, grey=config.grey)
     file = Path(config.codec) / "config.json"
     if file.is_file():
         found: CodecConfig = parse(CodecConfig, read_json(file), str(file))
