@@ -58,6 +58,16 @@ def data_emoji(
     typer.echo(str(built.folder))
 
 
+@data_app.command("digits")
+def data_digits(folder: Annotated[Path, typer.Argument(metavar="DIR", help="A new folder for the data set.")]) -> None:
+    """Build the data set of the digits lab from the handwritten digits that scikit-learn carries."""
+    from training.digits import build
+
+    for split, count in build(folder).items():
+        typer.echo(f"{split:8}{count:>6}")
+    typer.echo(str(folder))
+
+
 @data_app.command("check")
 def data_check(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="A folder of pictures with captions.")],

@@ -75,6 +75,48 @@ def eval_likelihood(
     typer.echo(str(evaluate(model, data, out, split, rows, steps, ode_steps, cache, overwrite, tell=tell)))
 
 
+@eval_app.command("steering")
+def eval_steering(
+    model: Annotated[Path, typer.Argument(metavar="MODEL", help="A cascade folder that begins with a base.")],
+    data: Annotated[Path, typer.Argument(metavar="DATA", help="The data set.")],
+    judge: Annotated[Path, typer.Option(help="The folder of a classifier that has no part in it.")],
+    label: Annotated[str, typer.Option(help="What it looks for: a field of the data's rows.")],
+    classifier: Annotated[Path | None, typer.Option(help="The noise-aware classifier that guides.")] = None,
+    clip: Annotated[Path | None, typer.Option(help="Or the CLIP that does.")] = None,
+    scales: Annotated[str, typer.Option(help="Scales of the gradient, with commas.")] = "0,1,2,4",
+    pictures: Annotated[int, typer.Option(min=2, help="Pictures of each scale.")] = 256,
+    split: Annotated[str, typer.Option(help="The held-out split.")] = "combos",
+    out: Annotated[Path, typer.Option(help="Folder for the report and its pictures.")] = Path("out/steering"),
+    overrides: StageSet = None,
+    overwrite: Overwrite = False,
+) -> None:
+    """Draw with classifier or CLIP guidance at several scales: does an independent judge find more of what is asked?"""
+    from ldm.config import UserError
+    from training.steering_report import evaluate
+
+    try:
+        chosen = [float(scale) for scale in scales.split(",")]
+    except ValueError:
+        raise UserError(f"--scales {scales!a}: numbers with commas, such as 0,1,2,4") from None
+    typer.echo(str(evaluate(model, data, out, judge, label, classifier, clip, chosen, pictures, split,
+                            overrides or [], overwrite, tell=tell)))  # fmt: skip
+
+
+@eval_app.command("process")
+def eval_process(
+    model: Annotated[Path, typer.Argument(metavar="MODEL", help="A cascade folder that begins with a base.")],
+    data: Annotated[Path, typer.Argument(metavar="DATA", help="The data set.")],
+    out: Annotated[Path, typer.Option(help="Folder for the pictures.")] = Path("out/process"),
+    split: Annotated[str, typer.Option(help="The split whose pictures and captions are shown.")] = "combos",
+    pictures: Annotated[int, typer.Option(min=1, help="So many.")] = 6,
+    overwrite: Overwrite = False,
+) -> None:
+    """Draw the forward process of real pictures, and the reverse one of their captions, step by step."""
+    from training.process_report import evaluate
+
+    typer.echo(str(evaluate(model, data, out, split, pictures, overwrite)))
+
+
 @eval_app.command("pictures")
 def eval_pictures(
     model: Annotated[Path, typer.Argument(metavar="MODEL", help="A cascade folder that begins with a base.")],

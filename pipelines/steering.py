@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -58,9 +58,10 @@ def steering(request: SteeringRequest, stage: Stage, prompts: Sequence[str]) -> 
     """
     steps: list[Steering] = []
     if request.classifier is not None and request.classifier_scale:
-        steps.append(_by_classifier(request, stage))
+        each = {item.partition("=")[0]: [item.partition("=")[2]] * len(prompts) for item in request.toward}
+        steps.append(toward_classes(request.classifier, stage, each, request.classifier_scale))
     if request.clip is not None and request.clip_scale:
-        steps.append(_by_clip(request, stage, prompts))
+        steps.append(toward_texts(request.clip, stage, prompts, request.clip_scale))
     if not steps:
         return None
 
@@ -72,35 +73,39 @@ def steering(request: SteeringRequest, stage: Stage, prompts: Sequence[str]) -> 
     return steered
 
 
-def _by_classifier(request: SteeringRequest, stage: Stage) -> Steering:
-    assert request.classifier is not None
-    network, file = load_noisy_classifier(request.classifier)
+def toward_classes(folder: str | Path, stage: Stage, wanted: Mapping[str, Sequence[str]], scale: float) -> Steering:
+    """Classifier guidance; wanted: of each label, the class of each picture. Raises UserError as `steering`."""
+    network, file = load_noisy_classifier(folder)
     for name in ("schedule", "normalisation", "codec_digest"):
         if getattr(file, name) != getattr(stage.config, name):
-            raise UserError(f"{request.classifier}: was trained on another {name} than stage {stage.config.name} has; "
-                            "train one for this model (kind: noisy_classifier)")  # fmt: skip
-    wanted = {}
-    for item in request.toward:
-        label, _, name = item.partition("=")
+            raise UserError(f"{folder}: was trained on another {name} than stage {stage.config.name} has; train one "
+                            "for this model (kind: noisy_classifier)")  # fmt: skip
+    places = {}
+    for label, names in wanted.items():
         known = network.classes.get(label)
         if known is None:
-            raise UserError(f"--toward {item!a}: the classifier knows the labels {', '.join(network.classes)}")
-        if name not in known:
-            raise UserError(f"--toward {item!a}: no {label} is named so; there are {', '.join(known[:20])}"
+            raise UserError(f"{folder}: knows no label {label!a}; it has {', '.join(network.classes)}")
+        missing = next((name for name in names if name not in known), None)
+        if missing is not None:
+            raise UserError(f"{folder}: no {label} is named {missing!a}; there are {', '.join(known[:20])}"
                             + (" ..." if len(known) > 20 else ""))  # fmt: skip
-        wanted[label] = known.index(name)
+        places[label] = torch.tensor([known.index(name) for name in names])
     network = network.eval().requires_grad_(False).to(stage.device)
 
-    def log_prob(x_t: Tensor, t: Tensor) -> Tensor:
-        each = {label: torch.full((len(x_t),), place) for label, place in wanted.items()}
-        return network.log_prob(x_t, stage.denoiser.schedule.network_time(t), each)
+    def steered(denoiser: Denoises, rows: Sequence[int]) -> Denoises:
+        own = {label: each[list(rows)] for label, each in places.items()}
 
-    return lambda denoiser, rows: ClassifierGuidance(denoiser, request.classifier_scale, log_prob)
+        def log_prob(x_t: Tensor, t: Tensor) -> Tensor:
+            return network.log_prob(x_t, stage.denoiser.schedule.network_time(t), own)
+
+        return ClassifierGuidance(denoiser, scale, log_prob)
+
+    return steered
 
 
-def _by_clip(request: SteeringRequest, stage: Stage, prompts: Sequence[str]) -> Steering:
-    assert request.clip is not None
-    clip = load_clip(request.clip)
+def toward_texts(folder: str | Path, stage: Stage, prompts: Sequence[str], scale: float) -> Steering:
+    """CLIP guidance, toward the prompt of each picture."""
+    clip = load_clip(folder)
     clip.requires_grad_(False).to(stage.device)
     texts = clip.texts(prompts)
     sharpness = clip.model.logit_scale.exp()
@@ -113,6 +118,6 @@ def _by_clip(request: SteeringRequest, stage: Stage, prompts: Sequence[str]) -> 
             similar: Tensor = sharpness * (clip.pictures(pictures) * wanted).sum(1)
             return similar
 
-        return ClipGuidance(denoiser, request.clip_scale, likeness)
+        return ClipGuidance(denoiser, scale, likeness)
 
     return steered

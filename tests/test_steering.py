@@ -121,7 +121,8 @@ def test_requests_that_say_nothing_are_refused(request_: dict[str, Any], message
 
 def test_a_classifier_of_another_stage_or_without_the_class_is_refused(trained: Path, model: Path) -> None:
     stage = load_cascade(model).stages[0]
-    for toward, message in (("colour=red", "knows the labels style"), ("style=gothic", "no style is named so")):
+    refused = {"colour=red": "knows no label 'colour'; it has style", "style=gothic": "no style is named 'gothic'"}
+    for toward, message in refused.items():
         with pytest.raises(UserError, match=message):
             steering(SteeringRequest(trained, [toward]), stage, [PROMPT])
     file = trained / "config.json"
