@@ -12,7 +12,8 @@ from training.shapes import check_shapes
 from training.tasks import RunConfig
 
 CONFIGS = sorted(Path("configs").rglob("*.yaml"))
-STAGES = [path for path in CONFIGS if path.parent.name != "accelerate"]
+# a noise-aware classifier's shapes are those of the model it is to guide, which is not here
+STAGES = [path for path in CONFIGS if path.parent.name != "accelerate" and "classifier" not in path.stem]
 
 
 @pytest.mark.parametrize("path", STAGES, ids=str)

@@ -29,7 +29,7 @@ from training.posthoc import combine
 from training.processes import check_world, process_state, together
 from training.shapes import check_shapes
 from training.stop import Stop
-from training.tasks import AnyRun, RunConfig, build_task, load_parts
+from training.tasks import AnyRun, RunConfig, build_task, load_parts, with_data
 
 # Changing these between two legs of a run changes no weight but through its length, or by the order of sums.
 _FREE = ("loop.images", "loop.accumulation", "loop.processes", "loop.process_timeout_s", "loop.sharding",
@@ -70,7 +70,7 @@ def encode(config_path: str | Path, overrides: Sequence[str] = ()) -> Cache:
     """
     config = load(RunConfig, config_path, overrides)
     with _prepared(config.loop):
-        cache = build_task(replace(config, encode="cached")).cache
+        cache = build_task(replace(with_data(config), encode="cached")).cache
     assert isinstance(cache, Cache)
     return cache
 
@@ -141,17 +141,14 @@ def _rehearse(config: AnyRun, folder: Path, stop: Stop) -> Path:
     batch = config.loop.batch
     with tempfile.TemporaryDirectory(prefix="ldm-dry-run-") as temporary:
         run = Path(temporary) / "run"
-        limit = min(config.data.limit or DRY_ROWS, DRY_ROWS)
-        small = replace(
-            config, cache=str(Path(temporary) / "cache"), data=replace(config.data, limit=limit),
-            loop=replace(config.loop, trackers=(), save_every_images=batch, preview_every_images=batch),
-        )  # fmt: skip
+        own = replace(config.loop, trackers=(), save_every_images=batch, preview_every_images=batch)
+        small = replace(config.shortened(Path(temporary), DRY_ROWS), loop=own)
         _train(small, run, "never", stop, until=batch)
         _train(small, run, "must", stop, until=2 * batch)
         assert checkpoint.newest(run) is not None
         chosen = Plan(**read_json(run / "chosen.json"))
         averages = 1 + len(config.ema.powers)
-    print(f"dry run: config, {limit} items of the data, two steps, report, save, resume and export worked; "
+    print(f"dry run: config, at most {DRY_ROWS} items of the data, two steps, report, save, resume and export worked; "
           f"nothing was written to {folder}\n{chosen.text(config.loop, averages, folder)}", flush=True)  # fmt: skip
     return folder
 

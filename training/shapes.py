@@ -20,6 +20,7 @@ from ldm.latents import CodecConfig, LatentCodec
 from ldm.models.classifier import Classifier
 from ldm.models.clip import build_clip
 from ldm.models.noisy_classifier import NoisyClassifier
+from ldm.models.sequence import SequenceTransformer
 from ldm.models.unet import build_unet
 from ldm.noise import NoiseSchedule
 from ldm.text import TextConfig, load_text_encoder
@@ -29,6 +30,7 @@ from training.classifier import ClassifierRun, cross_entropies
 from training.clip import ClipRun, clip_step, unlock
 from training.diffusion import DiffusionRun
 from training.noisy_classifier import NoisyClassifierRun
+from training.sequences import SequencesRun
 from training.steps import autoencoder_step
 from training.tasks import AnyRun, RunConfig
 
@@ -138,10 +140,16 @@ def _clip(config: ClipRun, config_path: Path) -> tuple[nn.Module, Tensor, list[s
     return model, loss, [f"{side} px and {config.clip.max_tokens} tokens -> {encoder.width}"]
 
 
-_STEPS: dict[type, Callable[[Any, Path], tuple[nn.Module, Tensor, list[str]]]] = {
-    AutoencoderRun: _autoencoder, ClassifierRun: _classifier, ClipRun: _clip, DiffusionRun: _diffusion,
-    NoisyClassifierRun: _noisy_classifier,
-}  # fmt: skip
+def _sequences(config: SequencesRun, config_path: Path) -> tuple[nn.Module, Tensor, list[str]]:
+    length, batch = config.mixture.length, config.loop.batch
+    with torch.device("meta"):
+        net = SequenceTransformer(config.transformer, length, 1, config.denoiser.channels(1))
+    denoiser = Denoiser(net, NoiseSchedule(config.schedule), config.denoiser)
+    if denoiser.uncertainty is not None:
+        denoiser.uncertainty.to("meta")
+    x0 = torch.randn(batch, 1, length, device="meta")
+    loss = denoiser.loss(x0, torch.randn_like(x0), torch.full((batch,), 0.5, dtype=torch.float64), Conditioning())
+    return denoiser, loss.mean(), [f"sequences of {length}"]
 
 
 def codec_config(config: DiffusionRun, config_path: Path) -> CodecConfig:
@@ -172,3 +180,9 @@ def text_shape(text: TextConfig) -> tuple[int, int, bool]:
                             "max_tokens")  # fmt: skip
         found.append((part.width, part.max_tokens))
     return max(w for w, _ in found), sum(n for _, n in found), parts[-1].kind not in ("clip", "open_clip")
+
+
+_STEPS: dict[type, Callable[[Any, Path], tuple[nn.Module, Tensor, list[str]]]] = {
+    AutoencoderRun: _autoencoder, ClassifierRun: _classifier, ClipRun: _clip, DiffusionRun: _diffusion,
+    NoisyClassifierRun: _noisy_classifier, SequencesRun: _sequences,
+}  # fmt: skip

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Self
 
 from ldm.config import Config
 from ldm.text import TextEncoder
@@ -76,6 +76,11 @@ class StageRun(Config):
     def __post_init__(self) -> None:
         if self.shard_items < 1:
             raise ValueError("shard_items must be at least 1")
+
+    def shortened(self, folder: Path, rows: int) -> Self:
+        """For a rehearsal: of at most `rows` items, cached in `folder`."""
+        limit = min(self.data.limit or rows, rows)
+        return replace(self, cache=str(folder / "cache"), data=replace(self.data, limit=limit))
 
     def caches(self, readers: tuple[Reader, Reader], codec: Codec | None = None, text: TextEncoder | None = None,
                scale: int | None = None) -> tuple[Cache | Online, Cache]:  # fmt: skip

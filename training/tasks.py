@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any
 
-from ldm.config import tagged
+from ldm.config import UserError, tagged
 from ldm.text import TextEncoder
 from ldm.weights import Codec
 from training.autoencoder import AutoencoderRun, AutoencoderTask
@@ -17,13 +17,22 @@ from training.data import Reader
 from training.diffusion import DiffusionRun, DiffusionTask
 from training.engine import Task
 from training.noisy_classifier import NoisyClassifierRun, NoisyClassifierTask
+from training.sequences import SequencesRun, SequencesTask
 
-RunConfig = Annotated[AutoencoderRun | ClassifierRun | ClipRun | DiffusionRun | NoisyClassifierRun, tagged()]
-AnyRun = AutoencoderRun | ClassifierRun | ClipRun | DiffusionRun | NoisyClassifierRun
+DataRun = AutoencoderRun | ClassifierRun | ClipRun | DiffusionRun | NoisyClassifierRun
+AnyRun = DataRun | SequencesRun
+RunConfig = Annotated[AnyRun, tagged()]
 _TASKS: dict[type, Any] = {
     AutoencoderRun: AutoencoderTask, ClassifierRun: ClassifierTask, ClipRun: ClipTask, DiffusionRun: DiffusionTask,
     NoisyClassifierRun: NoisyClassifierTask,
 }  # fmt: skip
+
+
+def with_data(config: AnyRun) -> DataRun:
+    """The config itself. Raises UserError for a kind of run that makes its own data, for which nothing is encoded."""
+    if isinstance(config, SequencesRun):
+        raise UserError("kind sequences draws its own data: there is nothing to encode")
+    return config
 
 
 def load_parts(config: AnyRun) -> tuple[tuple[Reader, Reader], Codec | None, TextEncoder | None]:
@@ -31,6 +40,7 @@ def load_parts(config: AnyRun) -> tuple[tuple[Reader, Reader], Codec | None, Tex
 
     Of a stage whose cache holds pixels the codec is None.
     """
+    config = with_data(config)
     # the data first: a wrong folder is told before any network is loaded
     readers = config.validation.readers(config.data, config.shard_items)
     if isinstance(config, NoisyClassifierRun):
@@ -47,5 +57,8 @@ def build_task(config: AnyRun) -> Task:
 
     Called by all processes of a launch.
     """
+    if isinstance(config, SequencesRun):
+        drawn: Any = SequencesTask(config)  # its items are what the loop wants of a cache, in memory
+        return drawn  # type: ignore[no-any-return]
     task: Task = _TASKS[type(config)](config, config.validation.readers(config.data, config.shard_items))
     return task

@@ -26,6 +26,9 @@ class ClassifierConfig(Config):
             raise ValueError("widths and blocks have four entries each, and no level is without blocks")
         if self.norm_groups < 1 or any(w < 1 or w > 4096 or w % self.norm_groups for w in self.widths):
             raise ValueError(f"widths {self.widths} must be multiples of norm_groups {self.norm_groups}, at most 4096")
+        if self.widths[0] % (2 * self.norm_groups):
+            raise ValueError(f"half of the first width {self.widths[0]} must be a multiple of norm_groups "
+                             f"{self.norm_groups}, for the first convolutions")  # fmt: skip
         if self.side_px < 32 or self.side_px % 32:
             raise ValueError(f"side_px must be a multiple of 32, not {self.side_px}")
 
