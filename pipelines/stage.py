@@ -37,6 +37,7 @@ MAX_STEPS = 1000
 MAX_SIDE_PX = 65_536
 MAX_GUIDANCE = 100.0
 OVERLAP = 0.25  # of a tile, at least
+_OF_SAMPLERS = {"variance": ("ddpm",), "eta": ("ddim",), "churn": ("euler", "heun")}
 OnStep = Callable[[int, int], None]
 Steering = Callable[[Denoises, Sequence[int]], Denoises]  # a guided denoiser, and which of the pictures it is to draw
 
@@ -48,7 +49,9 @@ class SamplingConfig(Config):
     update: how it is applied. level: of the noise added to the small picture.
 
     grid: what times are evenly spaced in: t, log-SNR, or a power of sigma / alpha (`ldm.grids.GRIDS`).
-    rows: pictures per network call, whatever the batch: other shapes give other last bits.
+    variance: of ddpm's steps, from the posterior's (0) to the forward step's (1), where the network learned none; eta:
+    of ddim; churn: of euler and heun. rows: pictures per network call, whatever the batch: other shapes give other
+    last bits.
     """
 
     sampler: Literal["ddpm", "ddim", "euler", "heun", "dpmpp_2m", "dpmpp_2m_sde", "unipc"] = "dpmpp_2m"
@@ -58,6 +61,9 @@ class SamplingConfig(Config):
     rows: int = 4
     guided: Literal["text", "low_res", "both", "network"] = "text"
     level: float = 0.0
+    variance: float = 0.0
+    eta: float = 0.0
+    churn: float = 0.0
     update: UpdateConfig = UpdateConfig()
 
     def __post_init__(self) -> None:
@@ -67,8 +73,19 @@ class SamplingConfig(Config):
             raise ValueError(f"guidance must be from 0 to {MAX_GUIDANCE:g} (1 is none), not {self.guidance}")
         if not 1 <= self.rows <= 1024:
             raise ValueError(f"rows must be from 1 to 1024, not {self.rows}")
-        if not 0 <= self.level <= 1:
-            raise ValueError(f"level must be from 0 to 1, not {self.level}")
+        for name, value in (("level", self.level), ("variance", self.variance), ("eta", self.eta)):
+            if not 0 <= value <= 1:
+                raise ValueError(f"{name} must be from 0 to 1, not {value}")
+        if not 0 <= self.churn <= MAX_STEPS:
+            raise ValueError(f"churn must be from 0 to {MAX_STEPS}, not {self.churn}")
+        for name, own in _OF_SAMPLERS.items():
+            if getattr(self, name) and self.sampler not in own:
+                raise ValueError(f"{name} is of {' and '.join(own)}; {self.sampler} has none")
+
+    @property
+    def options(self) -> dict[str, float]:
+        """What its sampler takes beyond all others."""
+        return {name: getattr(self, name) for name, own in _OF_SAMPLERS.items() if self.sampler in own}
 
 
 @dataclass(frozen=True)
@@ -157,8 +174,9 @@ class Stage:
     def settings(self, sampling: SamplingConfig) -> dict[str, Any]:
         """What of a sampling decides its pictures, as plain data."""
         found = to_dict(sampling)
-        if sampling.update == UpdateConfig():
-            del found["update"]
+        for name in ("update", *_OF_SAMPLERS):
+            if getattr(sampling, name) == getattr(SamplingConfig(), name):
+                del found[name]
         if self.config.low_res is None:
             del found["level"]
             if sampling.guided == "text":
@@ -302,10 +320,12 @@ class Stage:
                 # a cell is made new where any of its pixels is
                 hole = max_pool2d(edit.hole.to(self.device), factor)
                 return repaint(predict, x, times, noise, schedule=schedule, known=known, hole=hole,
-                               resamples=edit.resamples, on_step=on_step)  # fmt: skip
+                               resamples=edit.resamples, variance=sampling.variance, on_step=on_step)  # fmt: skip
         else:
             x = schedule.alpha_sigma(times[:1])[1].float().to(self.device) * start
-        return SAMPLERS[sampling.sampler](predict, x, times, noise, schedule=schedule, on_step=on_step)
+        sampler: Any = SAMPLERS[sampling.sampler]
+        drawn: Tensor = sampler(predict, x, times, noise, schedule=schedule, on_step=on_step, **sampling.options)
+        return drawn
 
     def times(self, sampling: SamplingConfig, edit: Edit | None = None) -> Tensor:
         """The sampler's grid, of an edit what of it is at most its strength. ValueError where no step is left."""

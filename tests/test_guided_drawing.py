@@ -55,6 +55,21 @@ def test_updates_move_the_picture_and_are_recorded(tiny_folder: Path, tmp_path: 
     assert np.array_equal(moved, again)
 
 
+@pytest.mark.parametrize("option", ["sampler=ddpm variance=1.0", "sampler=ddim eta=1.0", "sampler=heun churn=2.0"])
+def test_options_of_samplers_move_the_picture_and_are_recorded(
+    tiny_folder: Path, tmp_path: Path, option: str
+) -> None:
+    sampler, setting = (f"base.{part}" for part in option.split())
+    plain, recipe = drawn(tiny_folder, tmp_path / "a", overrides=[sampler])
+    moved, told = drawn(tiny_folder, tmp_path / "b", overrides=[sampler, setting])
+    assert not np.array_equal(plain, moved)
+    name, value = setting.removeprefix("base.").split("=")
+    assert name not in recipe["stages"][0]
+    assert told["stages"][0][name] == float(value)
+    with pytest.raises(UserError, match=f"{name} is of .*; unipc has none"):
+        generate([PROMPT], tiny_folder, out=tmp_path / "c", overrides=["base.sampler=unipc", setting])
+
+
 def test_autoguidance_by_a_weaker_cascade(tiny_folder: Path, tmp_path: Path) -> None:
     weak = tiny_cascade(load_cascade(tiny_folder).text.config)
     with torch.no_grad():

@@ -20,7 +20,8 @@ from training.tasks import RunConfig, build_task
 CONFIG = ROOT / "configs/labs/sequences.yaml"
 SHORT = ["loop.batch=32", "loop.images=19200", "loop.save_every_images=9600",
          "loop.preview_every_images=9600", "loop.log_every_images=3200", "items=512", "mixture.length=16",
-         "transformer.width=32", "transformer.layers=2", "optim.warmup_images=500", "ema.halflife_images=500"]  # fmt: skip
+         "transformer.width=32", "transformer.layers=2", "optim.warmup_images=500",
+         "ema.halflife_images=500"]  # fmt: skip
 
 
 def test_the_density_is_that_of_torch() -> None:
