@@ -312,8 +312,7 @@ class Denoiser(nn.Module):
             x = x_t * per_item((alpha**2 + sigma**2).rsqrt(), x_t)
         else:
             x = x_t
-        if cond.low_res is not None:
-            x = torch.cat([x, cond.low_res.to(x)], 1)
+        x = torch.cat([x, *(beside.to(x) for beside in (cond.low_res, cond.known) if beside is not None)], 1)
         dtype = next(self.net.parameters()).dtype
         # without self-attention, diffusers' first attention of a block sees the text too, under the other mask
         own = cond.text_mask if getattr(getattr(self.net, "config", None), "only_cross_attention", False) else None

@@ -1,4 +1,7 @@
-"""Inpainting with a network that was never trained for it: what is known is held to its own noisy versions.
+"""Inpainting: by a network that was never trained for it, which is held to noisy versions of what is known, or by one
+that is told what is known.
+
+    repaint(predict, x, grid, noise, known, hole) -> x         condition_known(pictures, hole, ...) -> (B, C + 1, h, w)
 
 B batch, C channels; x, known are (B, C, *grid), hole is (B, 1, *grid): 1 where a sample is to be made, 0 where x0 is
 known.
@@ -8,8 +11,10 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn.functional import max_pool2d
 
 from ldm.denoiser import Predict
+from ldm.latents import LatentCodec, Normalisation
 from ldm.noise import NoiseSchedule, per_item, posterior, transition
 from ldm.sampling import Noise, OnStep, grid_steps
 
@@ -53,3 +58,26 @@ def repaint(
             x = a * before + b.sqrt() * noise(x)
         x = before
     return x
+
+
+def without_hole(pictures: Tensor, hole: Tensor) -> Tensor:
+    """Pictures (B, 3, H, W) with the mean of what is known in their holes (B, 1, H, W), since a codec's cells see more
+    than their own; white where nothing is known."""
+    around = 1 - hole
+    count = around.sum((2, 3), keepdim=True)
+    mean = (pictures * around).sum((2, 3), keepdim=True) / count.clamp(min=1)
+    return torch.where(hole > 0, torch.where(count > 0, mean, 1.0), pictures)
+
+
+def holed_cells(hole: Tensor, factor: int) -> Tensor:
+    """(B, 1, H, W) -> (B, 1, h, w): a cell of `factor` pixels is to be made new where any of them is."""
+    return max_pool2d(hole, factor)
+
+
+def condition_known(pictures: Tensor, hole: Tensor, codec: LatentCodec, normalisation: Normalisation) -> Tensor:
+    """What an inpainting network is told, in training and inference alike: latents of the pictures without their hole,
+    0 in it, and the hole itself (Rombach et al. 2022, sec. 4.5). Pictures (B, 3, H, W) in [-1, 1], hole (B, 1, H, W)
+    -> (B, C + 1, h, w)."""
+    latents = normalisation.apply(codec.encode(without_hole(pictures, hole)).chunk(2, 1)[0])
+    cells = holed_cells(hole, codec.config.factor).to(latents)
+    return torch.cat([latents * (1 - cells), cells], 1)

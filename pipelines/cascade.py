@@ -293,11 +293,6 @@ def _load_stage(folder: Path, config: StageConfig, codec: Codec, text_digest: st
     unit = shape.factor * (config.unet.factor if config.low_res else 1)
     if config.resolution_px % unit:
         raise UserError(f"{folder}: resolution_px {config.resolution_px} is no multiple of {unit}")
-    extra = config.low_res.channels(shape.factor) if config.low_res else 0
-    net = load_network(
-        lambda: build_unet(config.unet, config.latent_channels, config.text_width, extra,
-                           config.denoiser.channels(config.latent_channels)),
-        folder / "unet" / NETWORK_FILE,
-    )
+    net = load_network(lambda: build_unet(config.unet, config.shape(shape.factor)), folder / "unet" / NETWORK_FILE)
     denoiser = Denoiser(net, NoiseSchedule(config.schedule), config.denoiser).to(device).eval()
     return Stage(config, denoiser, codec)

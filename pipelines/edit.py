@@ -131,14 +131,10 @@ def _squared(pixels: Pixels, side_px: int) -> Pixels:
 
 
 def _begun(cascade: Cascade, large: Pixels, where: Pixels | None, strength: float, resamples: int, n: int) -> Edit:
-    """What the base begins from: the large picture by area, and a hole where any pixel of it is. In the hole it is
-    given the mean of what is around, since a codec's cells see more than their own."""
+    """What the base begins from: the large picture by area, and a hole where any pixel of it is."""
     side = cascade.stages[0].config.resolution_px
     factor = len(large) // side
     pixels = torch.from_numpy(large).permute(2, 0, 1)[None].float() / 127.5 - 1
-    around = None if where is None else torch.from_numpy(where[..., 0] < HALF)
-    if around is not None and bool(around.any()):
-        pixels = torch.where(around, pixels, pixels[..., around].mean(2)[..., None, None])
     small = torch.nn.functional.avg_pool2d(pixels, factor).expand(n, -1, -1, -1)
     hole = None
     if where is not None:

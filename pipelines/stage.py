@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torch.nn.functional import max_pool2d, pad
+from torch.nn.functional import pad
 
 from ldm.conditioning import Conditioning
 from ldm.config import Config, to_dict
@@ -24,10 +24,10 @@ from ldm.denoiser import Denoiser, DenoiserConfig, Prediction, check_together
 from ldm.draws import keyed_generator
 from ldm.grids import GRIDS
 from ldm.guidance import Autoguidance, ClassifierFreeGuidance, Denoises, GuidanceInterval, Update, UpdateConfig
-from ldm.inpainting import repaint
+from ldm.inpainting import condition_known, holed_cells, repaint, without_hole
 from ldm.latents import Normalisation
 from ldm.low_res import NULL_LEVEL, LowResConfig, condition_low_res, enlarge, local_contrast
-from ldm.models.unet import UNetConfig, build_unet
+from ldm.models.unet import UNetConfig, UNetShape, build_unet, unet_shape
 from ldm.noise import NoiseSchedule, NoiseScheduleConfig
 from ldm.sampling import SAMPLERS
 from ldm.weights import Codec
@@ -91,8 +91,9 @@ class SamplingConfig(Config):
 @dataclass(frozen=True)
 class Edit:
     """A picture to begin from, of the stage's size: (B, 3, H, W) in [-1, 1], begun at the last time of the sampler's
-    grid that is at most `strength` (Meng et al. 2022, SDEdit). hole: (B, 1, H, W), 1 where it is to be made new, by
-    RePaint with so many resamples, which takes the place of the sampler; None for all of it."""
+    grid that is at most `strength` (Meng et al. 2022, SDEdit). hole: (B, 1, H, W), 1 where it is to be made new, None
+    for all of it; by a network that is told of it, or else by RePaint with so many resamples, which takes the place of
+    the sampler. What the picture has in the hole is not read."""
 
     pictures: Tensor
     strength: float = 0.6
@@ -108,7 +109,8 @@ class Edit:
 class StageConfig(Config):
     """stage.json: everything but the weights. The digests say which codec and text encoder it was trained with.
 
-    codec: the folder of its codec in the cascade. low_res: None for a base.
+    codec: the folder of its codec in the cascade. low_res: None for a base. inpainting: whether the network is told
+    what is known around a hole (`ldm.inpainting.condition_known`).
     """
 
     name: str
@@ -124,6 +126,7 @@ class StageConfig(Config):
     text_digest: str
     codec: str = "codec"
     low_res: LowResConfig | None = None
+    inpainting: bool = False
 
     def __post_init__(self) -> None:
         if not (self.name.isidentifier() and self.codec.isidentifier()):
@@ -136,11 +139,17 @@ class StageConfig(Config):
         if self.low_res is None:
             if self.sampling.guided in ("low_res", "both") or self.sampling.level:
                 raise ValueError("sampling: level, and guided low_res, are of small pictures; this stage takes none")
+        elif self.inpainting:
+            raise ValueError("inpainting is of a base: a stage that enlarges is told of a small picture")
         elif self.sampling.level > self.low_res.max_level:
             raise ValueError(f"sampling.level {self.sampling.level} is beyond the max_level {self.low_res.max_level} "
                              "that the stage was trained to")  # fmt: skip
         elif self.resolution_px % self.low_res.scale:
             raise ValueError(f"resolution_px {self.resolution_px} is no multiple of the scale {self.low_res.scale}")
+
+    def shape(self, factor: int) -> UNetShape:
+        """Of its network, in latents of a codec of `factor` pixels a cell."""
+        return unet_shape(self.latent_channels, self.text_width, factor, self.denoiser, self.low_res, self.inpainting)
 
     @property
     def input_px(self) -> int | None:
@@ -229,10 +238,13 @@ class Stage:
             index = torch.tensor([*range(start, start + len(chunk)), *[start] * (sampling.rows - len(chunk))])
             own = [seeds[i] for i in index.tolist()]
             small = None if low_res is None else low_res[index].to(self.device)
+            edited = None if edit is None else edit[index]
             bound, against = self._bind(cond[index], null, own, sampling, grid, small)
+            if self.config.inpainting:
+                known = self._known(edited, len(own), grid)
+                bound, against = bound.join(known), against.join(known)
             guided = self._guided(sampling, against, Update(sampling.update))
             predict = partial(guided if steer is None else steer(guided, index.tolist()), cond=bound)
-            edited = None if edit is None else edit[index]
             raw = self.config.normalisation.invert(self._run(predict, own, sampling, grid, on_step, edited))
             config = self.config.low_res
             if small is not None and config is not None and config.residual:
@@ -300,6 +312,16 @@ class Stage:
         )
         return text.join(small), against
 
+    def _known(self, edit: Edit | None, count: int, grid: tuple[int, int]) -> Conditioning:
+        """What an inpainting network is told; of all-new pictures, that nothing is known."""
+        codec = self.codec.module
+        if edit is None or edit.hole is None:
+            known = torch.zeros(count, self.config.latent_channels + 1, *grid, device=self.device)
+            known[:, -1] = 1
+            return Conditioning(known=known)
+        pictures, hole = edit.pictures.to(self.device), edit.hole.to(self.device)
+        return Conditioning(known=condition_known(pictures, hole, codec, self.config.normalisation))
+
     def _run(self, predict: Callable[[Tensor, Tensor], Prediction], seeds: Sequence[int], sampling: SamplingConfig,
              grid: tuple[int, int], on_step: OnStep | None, edit: Edit | None = None) -> Tensor:  # fmt: skip
         """Normalised latents (B, C, h, w)."""
@@ -313,12 +335,12 @@ class Stage:
         start = self._noise("start", seeds, (self.config.latent_channels, *grid))
         if edit is not None:
             factor = self.codec.module.config.factor
-            moments = self.codec.module.encode(edit.pictures.to(self.device))
+            pictures = edit.pictures if edit.hole is None else without_hole(edit.pictures, edit.hole)
+            moments = self.codec.module.encode(pictures.to(self.device))
             known = self.config.normalisation.apply(moments.chunk(2, 1)[0])
             x = schedule.add_noise(known, start, times[:1].expand(len(seeds)))
-            if edit.hole is not None:
-                # a cell is made new where any of its pixels is
-                hole = max_pool2d(edit.hole.to(self.device), factor)
+            if edit.hole is not None and not self.config.inpainting:
+                hole = holed_cells(edit.hole, factor).to(self.device)
                 return repaint(predict, x, times, noise, schedule=schedule, known=known, hole=hole,
                                resamples=edit.resamples, variance=sampling.variance, on_step=on_step)  # fmt: skip
         else:
@@ -349,7 +371,6 @@ def _cut(cond: Conditioning, tiles: Sequence[Window]) -> Conditioning:
 
 
 def build_denoiser(unet: UNetConfig, schedule: NoiseScheduleConfig, denoiser: DenoiserConfig,
-                   latent_channels: int, text_width: int, low_res_channels: int = 0) -> Denoiser:  # fmt: skip
-    """A denoiser with random weights for latents of `latent_channels`."""
-    net = build_unet(unet, latent_channels, text_width, low_res_channels, denoiser.channels(latent_channels))
-    return Denoiser(net, NoiseSchedule(schedule), denoiser)
+                   shape: UNetShape) -> Denoiser:  # fmt: skip
+    """A denoiser with random weights."""
+    return Denoiser(build_unet(unet, shape), NoiseSchedule(schedule), denoiser)

@@ -41,7 +41,7 @@ def training(steps: int) -> Iterator[nn.Module]:
     # here, because the processes of the sharded test import this file and need none of it
     from ldm.conditioning import Conditioning
     from ldm.denoiser import DenoiserConfig
-    from ldm.models.unet import UNetConfig
+    from ldm.models.unet import UNetConfig, UNetShape
     from ldm.noise import NoiseScheduleConfig
     from pipelines.stage import build_denoiser
     from training.optim import OptimConfig, build_optimizer
@@ -49,7 +49,7 @@ def training(steps: int) -> Iterator[nn.Module]:
     unet = UNetConfig(widths=(8, 16), layers_per_block=1, attention=(False, True), heads=2, norm_groups=4)
     generator = torch.Generator().manual_seed(0)
     torch.manual_seed(0)
-    denoiser = build_denoiser(unet, NoiseScheduleConfig(), DenoiserConfig(), 4, 16)
+    denoiser = build_denoiser(unet, NoiseScheduleConfig(), DenoiserConfig(), UNetShape(4, 16))
     latents, text = (torch.randn(4, *shape, generator=generator) for shape in ((4, 8, 8), (5, 16)))
     optimizer = build_optimizer(OptimConfig(lr=2e-3), denoiser.parameters())
     for _ in range(steps):

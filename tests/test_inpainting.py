@@ -1,16 +1,29 @@
-"""RePaint on correlated Gaussians, whose conditional is known."""
+"""RePaint on correlated Gaussians, whose conditional is known; what an inpainting network is told, and one trained."""
 
 from __future__ import annotations
 
+from pathlib import Path
+
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor
 
+from ldm.config import UserError, load
 from ldm.denoiser import Prediction
 from ldm.grids import uniform_grid
-from ldm.inpainting import repaint
+from ldm.inpainting import condition_known, repaint
+from ldm.latents import CodecConfig, LatentCodec, Normalisation
 from ldm.noise import NoiseSchedule, NoiseScheduleConfig
 from ldm.sampling import ddpm
+from pipelines.cascade import load_cascade
+from pipelines.edit import edit
+from tests.tiny import CODEC, EMOJI, ROOT, tiny_task
+from training.loader import Batch
+from training.run import train
+from training.steps import diffusion_inputs, random_holes
+from training.tasks import RunConfig
 
 SCHEDULE = NoiseSchedule(NoiseScheduleConfig(kind="cosine"))
 RHO = 0.9
@@ -81,3 +94,77 @@ def test_no_resample_is_refused() -> None:
     x, grid = torch.zeros(1, 1, 1, 2), uniform_grid(5, SCHEDULE)
     with pytest.raises(ValueError, match="at least 1"):
         repaint(predict, x, grid, torch.randn_like, schedule=SCHEDULE, known=x, hole=x, resamples=0)
+
+
+UNIT = Normalisation((0.0,) * 4, (1.0,) * 4)
+
+
+def overrides(tmp: Path) -> list[str]:
+    """On the latents of an untrained codec."""
+    from ldm.weights import save_codec
+
+    torch.manual_seed(0)
+    save_codec(LatentCodec(CODEC), tmp / "codec")
+    return [f"codec={tmp}/codec", f"data.path={EMOJI}", f"cache={tmp}/cache"]
+
+
+@torch.no_grad()
+def test_nothing_of_a_hole_reaches_what_the_network_is_told() -> None:
+    torch.manual_seed(0)
+    codec, pictures = LatentCodec(CODEC), torch.rand(2, 3, 32, 32) * 2 - 1
+    hole = torch.zeros(2, 1, 32, 32)
+    hole[:, :, 9:20, 5:] = 1
+    told = condition_known(pictures, hole, codec, UNIT)
+    assert told.shape == (2, 5, 4, 4)
+    other = torch.where(hole > 0, torch.rand(2, 3, 32, 32), pictures)
+    assert torch.equal(condition_known(other, hole, codec, UNIT), told)
+    assert told[0, 4].tolist() == [[0, 0, 0, 0], [1, 1, 1, 1], [1, 1, 1, 1], [0, 0, 0, 0]]
+    assert (told[:, :4] * told[:, 4:]).abs().max() == 0
+    pixels = LatentCodec(CodecConfig(unshuffle=8, autoencoder=None))
+    plain = condition_known(pictures, hole, pixels, Normalisation((0.0,) * 192, (1.0,) * 192))
+    torch.testing.assert_close(plain[:, :192, 0], pixels.encode(pictures)[:, :192, 0])
+
+
+def test_training_draws_holes_and_tells_of_them(tmp_path: Path) -> None:
+    task = tiny_task("inpainting", overrides(tmp_path))
+    count = min(64, len(task.cache))
+    generators = [torch.Generator().manual_seed(i) for i in range(count)]
+    batch = Batch(task.cache, list(range(count)), generators, list(range(count)), count)
+    holes = random_holes(batch, 64)
+    shares = holes.mean((1, 2, 3))
+    assert 0.05 < float((shares == 1).float().mean()) < 0.4
+    partial = shares[shares < 1]
+    assert float(partial.min()) > 0.03
+    assert float(partial.max()) < 0.65
+    generators = [torch.Generator().manual_seed(i) for i in range(count)]
+    inputs = diffusion_inputs(Batch(task.cache, list(range(count)), generators, list(range(count)), count),
+                              task.module.denoiser, task.module.frozen)  # fmt: skip
+    assert inputs.cond.known is not None
+    assert inputs.cond.known.shape == (count, 5, 8, 8)
+    assert set(inputs.cond.known[:, 4].unique().tolist()) == {0.0, 1.0}
+
+
+def test_a_trained_one_fills_a_hole_by_any_sampler(tmp_path: Path) -> None:
+    """What is known is told and not held: RePaint has no part in it, so resamples change nothing."""
+    more = ["loop.images=64", "loop.save_every_images=64", "loop.preview_every_images=64", "loop.log_every_images=64"]
+    final = train(ROOT / "configs/tiny/inpainting.yaml", tmp_path / "run", [*overrides(tmp_path), *more])
+    assert load_cascade(final).stages[0].config.inpainting
+    picture, mask = sorted(EMOJI.rglob("*.png"))[5], np.zeros((256, 256), dtype=np.uint8)
+    mask[:, 128:] = 255
+    Image.fromarray(mask).save(tmp_path / "mask.png")
+    found = []
+    for name, resamples, sampler in (("a", 1, "dpmpp_2m"), ("b", 9, "dpmpp_2m"), ("c", 1, "heun")):
+        edit(picture, "a cat", tmp_path / "mask.png", final, resamples=resamples, n=1, out=tmp_path / name,
+             overrides=[f"base.sampler={sampler}"])  # fmt: skip
+        with Image.open(tmp_path / name / "0000.png") as made:
+            found.append(np.array(made.convert("RGB")))
+    assert np.array_equal(found[0], found[1])
+    assert not np.array_equal(found[0], found[2])
+    with Image.open(picture) as source:
+        known = np.array(source.convert("RGB").reduce(4))[:, :32]
+    assert np.array_equal(found[0][:, :32], known)
+
+
+def test_a_stage_that_enlarges_cannot_be_one() -> None:
+    with pytest.raises(UserError, match="inpainting is of a base"):
+        load(RunConfig, ROOT / "configs/tiny/sr.yaml", ["inpainting=true"])

@@ -28,7 +28,7 @@ def grey_folder(tmp_path: Path) -> Path:
     config = replace(tiny.stages[0].config, latent_channels=channels, codec="pixels",
                      normalisation=Normalisation((0.0,) * channels, (1.0,) * channels))  # fmt: skip
     torch.manual_seed(0)
-    network = build_denoiser(UNET, config.schedule, config.denoiser, channels, tiny.text.width)
+    network = build_denoiser(UNET, config.schedule, config.denoiser, config.shape(GREY.factor))
     Cascade([Stage(config, network.eval(), Codec(LatentCodec(GREY), ""))], tiny.text).save(tmp_path / "grey")
     return tmp_path / "grey"
 

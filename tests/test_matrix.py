@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ldm.conditioning import Conditioning
 from ldm.denoiser import Denoiser, DenoiserConfig, Target, Weighting, check_together, from_output, to_target
-from ldm.models.unet import UNetConfig, build_unet
+from ldm.models.unet import UNetConfig, UNetShape, build_unet
 from ldm.noise import NoiseSchedule, NoiseScheduleConfig, per_item, posterior_kl, posterior_mean_weights
 
 SCHEDULES: dict[str, dict[str, Any]] = {
@@ -50,7 +50,8 @@ def configs(schedule: str, target: str, weighting: str, variance: str) -> tuple[
 def nets() -> dict[str, UNet2DConditionModel]:
     torch.manual_seed(0)
     config = UNetConfig(widths=(4, 4), layers_per_block=1, attention=(False, True), heads=1, norm_groups=2)
-    return {variance: build_unet(config, 2, 4, 0, out).double() for variance, out in (("fixed", 2), ("learned", 4))}
+    shapes = {"fixed": UNetShape(2, 4), "learned": UNetShape(2, 4, variance=2)}
+    return {variance: build_unet(config, shape).double() for variance, shape in shapes.items()}
 
 
 def test_the_table_has_both_kinds() -> None:

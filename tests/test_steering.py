@@ -41,7 +41,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
         normalisation=Normalisation((0.0,) * channels, (0.5,) * channels),
     )  # fmt: skip
     torch.manual_seed(0)
-    network = build_denoiser(UNET, config.schedule, config.denoiser, channels, tiny.text.width)
+    network = build_denoiser(UNET, config.schedule, config.denoiser, config.shape(8))
     stage = Stage(config, network.eval().requires_grad_(False), Codec(codec, ""))
     folder = tmp_path_factory.mktemp("pixels") / "cascade"
     Cascade([stage], tiny.text).save(folder)

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from ldm.config import UserError
-from ldm.models.unet import UNetConfig, build_unet
+from ldm.models.unet import UNetConfig, UNetShape, build_unet
 from tests.tiny import UNET
 
 WIDTH = 8
@@ -18,7 +18,7 @@ WIDTH = 8
 def without_cross_attention(config: UNetConfig) -> nn.Module:
     """A network whose cross-attention puts out 0: the text has no other way in than the embedding of t."""
     torch.manual_seed(0)
-    net = build_unet(config, 2, WIDTH)
+    net = build_unet(config, UNetShape(2, WIDTH))
     for name, part in net.named_modules():
         if name.endswith("attn2.to_out.0"):
             assert isinstance(part, nn.Linear)
@@ -41,12 +41,12 @@ def test_pooled_text_reaches_blocks_past_cross_attention(pooled: bool, adaptive:
 
 @torch.no_grad()
 def test_adaptive_norm_scales_and_shifts() -> None:
-    plain, adaptive = (build_unet(replace(UNET, adaptive_norm=a), 2, WIDTH) for a in (False, True))
+    plain, adaptive = (build_unet(replace(UNET, adaptive_norm=a), UNetShape(2, WIDTH)) for a in (False, True))
     (a, b) = (net.down_blocks[0].resnets[0].time_emb_proj.weight for net in (plain, adaptive))
     assert b.shape == (2 * a.shape[0], a.shape[1])
 
 
 def test_heads_divide_the_width_of_pooled_text() -> None:
     with pytest.raises(UserError, match=r"unet\.pooled_text: heads 2 must divide the text's width 9"):
-        build_unet(replace(UNET, pooled_text=True), 2, 9)
-    build_unet(UNET, 2, 9)
+        build_unet(replace(UNET, pooled_text=True), UNetShape(2, 9))
+    build_unet(UNET, UNetShape(2, 9))

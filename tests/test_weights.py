@@ -21,7 +21,7 @@ from ldm import weights
 from ldm.config import UserError
 from ldm.latents import CodecConfig, LatentCodec
 from ldm.models.autoencoder import AutoencoderConfig
-from ldm.models.unet import UNetConfig, build_unet
+from ldm.models.unet import UNetConfig, UNetShape, build_unet
 from ldm.weights import NETWORK_FILE, codec_digest, load_codec, load_network, read_header, read_json, save_codec
 from pipelines.cascade import load_cascade
 from pipelines.generate import generate
@@ -252,7 +252,7 @@ def test_pickles_inside_a_cascade_are_refused(
     if part == "base/unet":
         unet = UNetConfig((8, 16), 1, (False, True), 2, 4)
         attempt: Callable[[], Any] = lambda: load_network(  # noqa: E731 -- two short ways into one check
-            lambda: build_unet(unet, 2, 16), cascade / part / NETWORK_FILE
+            lambda: build_unet(unet, UNetShape(2, 16)), cascade / part / NETWORK_FILE
         )
     else:
         attempt = lambda: load_codec(cascade / "codec")  # noqa: E731 -- as above

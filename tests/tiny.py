@@ -13,7 +13,7 @@ from ldm.denoiser import DenoiserConfig
 from ldm.latents import CodecConfig, LatentCodec, Normalisation
 from ldm.low_res import LowResConfig
 from ldm.models.autoencoder import AutoencoderConfig
-from ldm.models.unet import UNetConfig
+from ldm.models.unet import UNetConfig, UNetShape
 from ldm.noise import NoiseScheduleConfig
 from ldm.text import TextConfig, load_text_encoder
 from ldm.weights import Codec
@@ -40,7 +40,7 @@ def tiny_cascade(text: TextConfig) -> Cascade:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         codec = LatentCodec(CODEC).eval().requires_grad_(False)
-        network = build_denoiser(UNET, schedule, denoiser, CODEC.latent_channels, encoder.width)
+        network = build_denoiser(UNET, schedule, denoiser, UNetShape(CODEC.latent_channels, encoder.width))
     config = StageConfig(
         name="base",
         resolution_px=RESOLUTION_PX,
@@ -84,9 +84,8 @@ def save_tiny_sr(parent: Path) -> Path:
             low_res = LowResConfig(scale=2, residual=residual, contrast_floor=0.02 if residual else None)
             channels = shape.latent_channels
             unet = replace(UNET, self_attention=False)
-            network = build_denoiser(
-                unet, NoiseScheduleConfig(), DenoiserConfig(), channels, encoder.width, low_res.channels(shape.factor)
-            )
+            wide = UNetShape(channels, encoder.width, low_res.channels(shape.factor))
+            network = build_denoiser(unet, NoiseScheduleConfig(), DenoiserConfig(), wide)
             config = StageConfig(
                 name=name,
                 resolution_px=side,

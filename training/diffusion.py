@@ -18,9 +18,10 @@ from ldm.conditioning import Conditioning
 from ldm.config import Config, UserError, parse, to_dict
 from ldm.denoiser import Denoiser, DenoiserConfig, check_together
 from ldm.draws import keyed_generator
+from ldm.inpainting import condition_known
 from ldm.latents import CodecConfig, LatentCodec, Normalisation, decode_rows
 from ldm.low_res import DegradationConfig, LowResConfig
-from ldm.models.unet import UNetConfig, build_unet
+from ldm.models.unet import UNetConfig, build_unet, unet_shape
 from ldm.noise import NoiseScheduleConfig
 from ldm.text import TextConfig, TextEncoder, load_text_encoder
 from ldm.weights import NETWORK_FILE, Codec, load_codec, load_network, read_json, write_json
@@ -77,7 +78,8 @@ class DiffusionRun(StageRun):
     codec: a codec folder, or null for a stage that works on pixels, `unshuffle` squared of them in a grid cell, and
     where `grey` on their mean over colours.
     dropout: the share of items whose text is replaced by the null, for classifier-free guidance.
-    low_res: null for a base; upscaling: read where it is not. last: see `Frozen`.
+    low_res: null for a base; upscaling: read where it is not. last: see `Frozen`. inpainting: the network is told what
+    is known around a random hole, which for some items is all of the picture; pixels are cached then, and encoded anew.
     """
 
     kind: Literal["diffusion"] = "diffusion"
@@ -95,9 +97,12 @@ class DiffusionRun(StageRun):
     low_res: LowResConfig | None = None
     upscaling: UpscalingConfig = UpscalingConfig()
     last: float = 0.0
+    inpainting: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.inpainting and self.low_res is not None:
+            raise ValueError("inpainting is of a base: a stage that enlarges is told of a small picture")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout is a share, from 0 to below 1, not {self.dropout}")
         check_together(self.schedule, self.denoiser)
@@ -120,7 +125,8 @@ class DiffusionRun(StageRun):
     @property
     def caches_latents(self) -> bool:
         """Whether latents are cached, with small pictures by area beside them; for any other degradation, pixels."""
-        return self.codec is not None and self.upscaling.degradation == DegradationConfig()
+        plain = self.upscaling.degradation == DegradationConfig() and not self.inpainting
+        return self.codec is not None and plain
 
     def load_frozen(self) -> tuple[Codec, TextEncoder]:
         """The codec and the text encoder, on this process's device. Raises UserError where sizes do not fit."""
@@ -169,17 +175,17 @@ class DiffusionTask:
         self._codec, self._text, self._preview = codec, text, config.preview
         self._chosen = config.validation.chosen(self.held_out)
         shape = codec.module.config
-        channels, extra = shape.latent_channels, config.low_res.channels(shape.factor) if config.low_res else 0
+        channels = shape.latent_channels
+        network = unet_shape(channels, text.width, shape.factor, config.denoiser, config.low_res, config.inpainting)
         torch.manual_seed(config.seed)
-        denoiser = build_denoiser(config.unet, config.schedule, config.denoiser, channels, text.width, extra)
+        denoiser = build_denoiser(config.unet, config.schedule, config.denoiser, network)
         if config.init is not None:
             file = _unet_file(Path(config.init), config.name)
-            out = config.denoiser.channels(channels)
-            net = load_network(lambda: build_unet(config.unet, channels, text.width, extra, out), file)
+            net = load_network(lambda: build_unet(config.unet, network), file)
             denoiser.net.load_state_dict(net.state_dict())
         unit = Normalisation(mean=(0.0,) * channels, std=(1.0,) * channels)
         frozen = Frozen(codec.module, unit, self.cache.null, config.dropout, config.low_res, config.upscaling,
-                        config.last)  # fmt: skip
+                        config.last, config.inpainting)  # fmt: skip
         frozen = with_statistics(frozen, codec.digest, self.cache)
         self._stage = StageConfig(
             name=config.name,
@@ -195,6 +201,7 @@ class DiffusionTask:
             text_digest=text.digest,
             codec="codec" if config.codec is not None else PIXELS,
             low_res=config.low_res,
+            inpainting=config.inpainting,
         )
         self.module = DiffusionModule(denoiser, frozen)
 
@@ -277,6 +284,12 @@ def evaluation_inputs(cache: Cache | Online, indices: Sequence[int], frozen: Fro
     small = small_pictures(cache, indices, stored, frozen)
     x0 = frozen.normalisation.apply(raw_latents(stored, small, frozen))
     cond = cache.text([cache.captions(i)[0] for i in indices]) if told else frozen.null.expand(len(indices))
+    if frozen.inpainting:
+        pictures = planes(stored)
+        hole = torch.zeros_like(pictures[:, :1])
+        hole[..., hole.shape[-1] // 2 :] = 1  # the right half
+        known = condition_known(pictures, hole, frozen.codec, frozen.normalisation)
+        cond = cond.join(Conditioning(known=known))
     if frozen.low_res is not None and small is not None:
         level = torch.zeros(len(indices), dtype=torch.float64)
         shape = (len(indices), frozen.low_res.channels(frozen.codec.config.factor), *x0.shape[2:])

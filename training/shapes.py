@@ -21,7 +21,7 @@ from ldm.models.classifier import Classifier
 from ldm.models.clip import build_clip
 from ldm.models.noisy_classifier import NoisyClassifier
 from ldm.models.sequence import SequenceTransformer
-from ldm.models.unet import build_unet
+from ldm.models.unet import build_unet, unet_shape
 from ldm.noise import NoiseSchedule
 from ldm.text import TextConfig, load_text_encoder
 from ldm.weights import read_json
@@ -82,10 +82,9 @@ def _diffusion(config: DiffusionRun, config_path: Path) -> tuple[nn.Module, Tens
     config.check_sizes(codec)
     width, tokens, masked = text_shape(config.text)
     low_res = config.low_res
-    extra = low_res.channels(codec.factor) if low_res else 0
     with torch.device("meta"):
-        out = config.denoiser.channels(codec.latent_channels)
-        net = build_unet(config.unet, codec.latent_channels, width, extra, out)
+        shape = unet_shape(codec.latent_channels, width, codec.factor, config.denoiser, low_res, config.inpainting)
+        net = build_unet(config.unet, shape)
     denoiser = Denoiser(net, NoiseSchedule(config.schedule), config.denoiser)  # a schedule is needed with its values
     if denoiser.uncertainty is not None:
         denoiser.uncertainty.to("meta")
@@ -95,14 +94,17 @@ def _diffusion(config: DiffusionRun, config_path: Path) -> tuple[nn.Module, Tens
     cond = Conditioning(torch.randn(batch, tokens, width, device="meta"), mask)
     if low_res:
         level = torch.zeros(batch, dtype=torch.float64)
-        cond = cond.join(Conditioning(low_res=torch.randn(batch, extra, side, side, device="meta"), level=level))
+        small_one = torch.randn(batch, shape.low_res, side, side, device="meta")
+        cond = cond.join(Conditioning(low_res=small_one, level=level))
+    if config.inpainting:
+        cond = cond.join(Conditioning(known=torch.randn(batch, shape.known, side, side, device="meta")))
     x0 = torch.randn(batch, codec.latent_channels, side, side, device="meta")
     t = torch.full((batch,), 0.5, dtype=torch.float64)
     loss = denoiser.loss(x0, torch.randn_like(x0), t, cond).mean()
     lines = [f"latents {side} x {side} x {codec.latent_channels} of {crop} px; text {tokens} x {width}"]
     if low_res:
         small = config.data.size_px // low_res.scale
-        lines.append(f"told of {small} px by {side} x {side} x {extra}; makes {config.data.size_px} px")
+        lines.append(f"told of {small} px by {side} x {side} x {shape.low_res}; makes {config.data.size_px} px")
     return denoiser, loss, lines
 
 

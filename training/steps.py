@@ -16,6 +16,7 @@ from torch.nn.functional import avg_pool2d
 from ldm.conditioning import Conditioning
 from ldm.config import Config
 from ldm.denoiser import Denoiser
+from ldm.inpainting import condition_known
 from ldm.latents import LatentCodec, Normalisation, kl_to_standard_normal, sample_moments
 from ldm.low_res import (
     NULL_LEVEL,
@@ -30,6 +31,8 @@ from training.cache import Cache
 from training.features import Features
 from training.loader import Batch
 from training.online import Online
+
+WHOLE_HOLES = 0.2  # the share of items of which an inpainting network is told nothing
 
 
 class StepResult(NamedTuple):
@@ -122,7 +125,7 @@ class Frozen:
     """What a diffusion stage does not train. null: of the text, one item; dropout: of the text.
 
     last: the share of items trained at t = 1 alone, where a network sees noise only and learns the mean of what it is
-    asked for; with a share of 1, one step draws that.
+    asked for; with a share of 1, one step draws that. inpainting: whether the network is told what is known.
     """
 
     codec: LatentCodec
@@ -132,6 +135,7 @@ class Frozen:
     low_res: LowResConfig | None = None
     upscaling: UpscalingConfig = UpscalingConfig()
     last: float = 0.0
+    inpainting: bool = False
 
     def __deepcopy__(self, memo: object) -> Frozen:
         """Itself: averages of a module share it."""
@@ -173,7 +177,26 @@ def diffusion_inputs(batch: Batch, denoiser: Denoiser, frozen: Frozen) -> Diffus
         added = batch.normal((frozen.low_res.channels(factor), side, side))
         seen = condition_pictures(small, level, added, frozen)
         cond = cond.join(Conditioning(low_res=crop(seen), level=level))
+    if frozen.inpainting:
+        pictures = planes(stored)
+        hole = random_holes(batch, pictures.shape[-1])
+        device = frozen.codec.device
+        with torch.no_grad(), torch.autocast(device.type, enabled=False):
+            known = condition_known(pictures.to(device), hole.to(device), frozen.codec, frozen.normalisation)
+        cond = cond.join(Conditioning(known=known.cpu()))
     return DiffusionInputs(x0, eps, t, cond)
+
+
+def random_holes(batch: Batch, side: int) -> Tensor:
+    """(B, 1, side, side), 1 in a rectangle of 20% to 80% of the sides, anywhere; for WHOLE_HOLES of items in all."""
+    whole = batch.uniform() < WHOLE_HOLES
+    spans = [(batch.uniform(), batch.uniform()) for _ in range(2)]  # of rows, then of columns: length, place
+    hole = torch.zeros(len(batch), 1, side, side)
+    for i in range(len(batch)):
+        lengths = [max(1, round(side * (0.2 + 0.6 * float(length[i])))) for length, _ in spans]
+        top, left = (int(float(place[i]) * (side - n + 1)) for n, (_, place) in zip(lengths, spans, strict=True))
+        hole[i, :, top : top + lengths[0], left : left + lengths[1]] = 1
+    return torch.where(whole.view(-1, 1, 1, 1), torch.ones_like(hole), hole)
 
 
 def small_pictures(cache: Cache | Online, indices: Sequence[int], stored: Tensor, frozen: Frozen,

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 
 from ldm.config import Config, UserError
+from ldm.denoiser import DenoiserConfig
+from ldm.low_res import LowResConfig
 
 
 @dataclass(frozen=True)
@@ -48,34 +51,50 @@ class UNetConfig(Config):
         return 1 << (len(self.widths) - 1)
 
 
-def build_unet(config: UNetConfig, channels: int, text_width: int, low_res_channels: int = 0,
-               out_channels: int | None = None) -> UNet2DConditionModel:  # fmt: skip
-    """A UNet2DConditionModel with random weights: (B, channels, H, W), t, text (B, L, text_width) -> like x, or
-    (B, out_channels, H, W).
+class UNetShape(NamedTuple):
+    """Channels of latents and width of text; channels more that the input has, of small pictures and of what is known
+    around a hole, and that the output has, of a learned variance."""
 
-    With `low_res_channels` its input has as many channels more, and it takes the level, in thousandths, as
-    `class_labels`, embedded as t is, by weights of its own. Raises UserError where the heads do not divide a text
-    width that is pooled.
+    latents: int
+    text_width: int
+    low_res: int = 0
+    known: int = 0
+    variance: int = 0
+
+
+def unet_shape(latents: int, text_width: int, factor: int, denoiser: DenoiserConfig, low_res: LowResConfig | None,
+               inpainting: bool = False) -> UNetShape:  # fmt: skip
+    """The shape of a stage's network, whose codec has `factor` pixels a cell."""
+    return UNetShape(latents, text_width, 0 if low_res is None else low_res.channels(factor),
+                     latents + 1 if inpainting else 0, denoiser.channels(latents) - latents)  # fmt: skip
+
+
+def build_unet(config: UNetConfig, shape: UNetShape) -> UNet2DConditionModel:
+    """A UNet2DConditionModel with random weights: x_t and what stands beside it, t, text (B, L, text_width) -> like
+    x_t, and the variance.
+
+    With small pictures it takes the level, in thousandths, as `class_labels`, embedded as t is, by weights of its own.
+    Raises UserError where the heads do not divide a text width that is pooled.
     """
-    if config.pooled_text and text_width % config.heads:
-        raise UserError(f"unet.pooled_text: heads {config.heads} must divide the text's width {text_width}")
+    if config.pooled_text and shape.text_width % config.heads:
+        raise UserError(f"unet.pooled_text: heads {config.heads} must divide the text's width {shape.text_width}")
     down = tuple("CrossAttnDownBlock2D" if a else "DownBlock2D" for a in config.attention)
     up = tuple("CrossAttnUpBlock2D" if a else "UpBlock2D" for a in reversed(config.attention))
     return UNet2DConditionModel(
-        in_channels=channels + low_res_channels,
-        out_channels=out_channels or channels,
+        in_channels=shape.latents + shape.low_res + shape.known,
+        out_channels=shape.latents + shape.variance,
         down_block_types=down,
         up_block_types=up,
         block_out_channels=config.widths,
         layers_per_block=config.layers_per_block,
         # diffusers' name for the number of heads
         attention_head_dim=config.heads,
-        cross_attention_dim=text_width,
+        cross_attention_dim=shape.text_width,
         norm_num_groups=config.norm_groups,
         addition_embed_type="text" if config.pooled_text else None,
         addition_embed_type_num_heads=config.heads,
         resnet_time_scale_shift="scale_shift" if config.adaptive_norm else "default",
-        class_embed_type="timestep" if low_res_channels else None,
+        class_embed_type="timestep" if shape.low_res else None,
         only_cross_attention=not config.self_attention,
         mid_block_type="UNetMidBlock2DCrossAttn" if config.self_attention else "UNetMidBlock2D",
     )
