@@ -102,7 +102,7 @@ def test_a_residual_in_latents(tiny: list[str], floor: str, monkeypatch: pytest.
         alpha, sigma = (c.view(-1, 1, 1, 1).float() for c in stage.denoiser.schedule.alpha_sigma(t))
         return pipelines.stage.Prediction(x0, (x - alpha * x0) / sigma)
 
-    monkeypatch.setattr(stage.denoiser, "forward", knows)
+    monkeypatch.setattr(stage.denoiser, "predict", knows)
     text = Conditioning(*task._text.encode(["a", "b"]))
     made = stage.sample(text, text[:1], [1, 2], SamplingConfig(steps=2, guidance=1, rows=2), planes(small))
     with torch.no_grad():

@@ -78,7 +78,7 @@ def test_samples_of_the_best_denoiser_have_the_right_shares() -> None:
     task.module.denoiser.net.register_parameter("any", torch.nn.Parameter(torch.zeros(())))
     found = task.evaluate(task.module)
     assert all(found[f"excess_t{t}"] < 1e-5 for t in ("0.10", "0.30", "0.50", "0.70", "0.90"))
-    assert found["wrong_share"] < 0.05
+    assert found["wrong_share"] < 0.07
     assert 0 < found["bound_bits_per_dim"] - found["true_bits_per_dim"] < 1.5
     assert math.isfinite(found["true_bits_per_dim"])
 
@@ -87,7 +87,8 @@ def test_a_rehearsal_and_shapes_work_and_encoding_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    run.train(CONFIG, tmp_path / "run", dry_run=True)
+    small = ["transformer.width=16", "transformer.layers=1", "mixture.length=8"]
+    run.train(CONFIG, tmp_path / "run", small, dry_run=True)
     assert "dry run: config, at most 64 items" in capsys.readouterr().out
     assert "sequences of 32" in run.shapes(CONFIG)
     for refused in (run.encode, run.plan):

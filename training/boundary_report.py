@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ldm.config import UserError, to_dict
+from ldm.config import UserError, parse, to_dict
 from ldm.weights import write_json
 from pipelines.cascade import Cascade, load_cascade
 from pipelines.generate import check_out
@@ -80,7 +80,7 @@ def evaluate(model: str | Path, data: str | Path, out: str | Path, stage: str | 
                "truth": held.large}  # fmt: skip
     after: list[dict[str, Any]] = []
     if cascade.stages[0].config.low_res is None:
-        least = SamplingConfig(**best(cells)["sampling"])
+        least = parse(SamplingConfig, best(cells)["sampling"], "the best cell")
         tried = [replace(least, level=level) for level in dict.fromkeys(s.level for s in settings)]
         drawn, after = after_base(cascade, chosen, held, features, tried)
         columns["base"] = shown(drawn[0], config.scale)
@@ -96,7 +96,7 @@ def evaluate(model: str | Path, data: str | Path, out: str | Path, stage: str | 
     report["columns"] = list(columns)
     path = _write(Path(out), report, columns)
     if save:
-        keep(Path(model), chosen.config, SamplingConfig(**report["best"]["sampling"]))
+        keep(Path(model), chosen.config, parse(SamplingConfig, report["best"]["sampling"], "the best cell"))
     return path
 
 

@@ -35,7 +35,7 @@ from training.stages import written_whole
 from training.steps import StepResult
 
 LEVELS = (10, 30, 50, 70, 90)  # hundredths of t
-MEASURED, DRAWN, STEPS = 512, 1000, 100
+MEASURED, DRAWN, STEPS = 256, 500, 50
 
 
 @dataclass(frozen=True)
