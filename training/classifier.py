@@ -60,13 +60,18 @@ class ClassifierRun(StageRun):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not self.labels or len(set(self.labels)) != len(self.labels):
-            raise ValueError("labels must name at least one field of the data, each once")
-        if not 0 <= self.smoothing < 1:
-            raise ValueError(f"smoothing is a share, from 0 to below 1, not {self.smoothing:g}")
+        check_labels(self.labels, self.smoothing)
         if self.data.size_px % self.classifier.side_px:
             raise ValueError(f"data.size_px {self.data.size_px} must be a multiple of classifier.side_px "
                              f"{self.classifier.side_px}")  # fmt: skip
+
+
+def check_labels(labels: Sequence[str], smoothing: float) -> None:
+    """Raise ValueError for labels or a smoothing that no classifier can be trained on."""
+    if not labels or len(set(labels)) != len(labels):
+        raise ValueError("labels must name at least one field of the data, each once")
+    if not 0 <= smoothing < 1:
+        raise ValueError(f"smoothing is a share, from 0 to below 1, not {smoothing:g}")
 
 
 class ClassifierModule(nn.Module):

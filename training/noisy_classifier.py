@@ -21,7 +21,7 @@ from ldm.noise import NoiseSchedule
 from ldm.weights import NoisyClassifierFile, load_noisy_classifier, save_noisy_classifier, write_json
 from pipelines.cascade import load_cascade
 from pipelines.stage import Stage
-from training.classifier import classes_of, cross_entropies, labels_of
+from training.classifier import check_labels, classes_of, cross_entropies, labels_of
 from training.data import Reader
 from training.diffusion import EVALUATION_LEVELS
 from training.loader import Batch
@@ -43,10 +43,7 @@ class NoisyClassifierRun(StageRun):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not self.labels or len(set(self.labels)) != len(self.labels):
-            raise ValueError("labels must name at least one field of the data, each once")
-        if not 0 <= self.smoothing < 1:
-            raise ValueError(f"smoothing is a share, from 0 to below 1, not {self.smoothing:g}")
+        check_labels(self.labels, self.smoothing)
 
     def load_stage(self) -> Stage:
         """The stage to guide. Raises UserError where there is none, it is no base, or sizes do not fit."""
