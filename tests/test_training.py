@@ -46,7 +46,8 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def base_overrides(runs: Path, name: str = "base") -> list[str]:
     text = {"base_clip": "clip", "base_t5": "t5"}.get(name)
     more = [f"text.path={ROOT / 'tests/data/text' / text}"] if text else []
-    return shared(runs, *([] if name in ("clip", "judge") else [f"codec={runs / 'ae/final'}"]), *more)
+    needs = {"clip": [], "judge": [], "noisy_classifier": [f"model={runs / 'base_t5/final'}"]}
+    return shared(runs, *needs.get(name, [f"codec={runs / 'ae/final'}"]), *more)
 
 
 @pytest.fixture(scope="module")
@@ -195,7 +196,9 @@ class TestRun:
         train(ROOT / "configs/tiny/base_t5.yaml", tmp_path / "run", base_overrides(runs, "base_t5"))
         assert "no preview: out of memory (no room); training goes on" in capsys.readouterr().out
 
-    @pytest.mark.parametrize("name", ["autoencoder", "base", "base_clip", "base_t5", "clip", "judge", "sr"])
+    @pytest.mark.parametrize("name", [
+        "autoencoder", "base", "base_clip", "base_t5", "clip", "inpainting", "judge", "noisy_classifier", "sr",
+    ])  # fmt: skip
     def test_golden_losses(self, runs: Path, base: Path, name: str) -> None:
         """Losses of twenty steps at two threads are those in git. UPDATE_GOLDEN=1 writes them anew."""
         assert torch.get_num_threads() == 2, "golden losses were taken at two threads"

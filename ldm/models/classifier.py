@@ -1,27 +1,37 @@
-"""Classifier: a residual network (He et al. 2016) with one head per label, for pictures of one small size."""
+"""Classifier: a residual network (He et al. 2016) with one head per label, for pictures of one small size, which may
+count colours too."""
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 from functools import partial
 
+import torch
 from torch import Tensor, nn
-from torch.nn.functional import adaptive_avg_pool2d
+from torch.nn.functional import adaptive_avg_pool2d, layer_norm
 
 from ldm.config import Config
+
+EMBEDDED_PALETTE = 64
 
 
 @dataclass(frozen=True)
 class ClassifierConfig(Config):
     """A ResNet of basic blocks with group normalisation: `widths` and `blocks` of its levels, each half the grid of
-    the one before. It sees pictures of `side_px`; its first convolution and pooling leave a quarter of that."""
+    the one before. It sees pictures of `side_px`; its first convolution and pooling leave a quarter of that. palette:
+    levels of each colour in a histogram whose embedding stands beside the network's features, 0 for none: flat colours
+    tell designs apart, and convolutions learn to count them late."""
 
     side_px: int = 64
     widths: tuple[int, ...] = (64, 128, 256, 384)
     blocks: tuple[int, ...] = (2, 2, 2, 2)
     norm_groups: int = 16
+    palette: int = 0
 
     def __post_init__(self) -> None:
+        if self.palette and not 2 <= self.palette <= 32:
+            raise ValueError(f"palette must be 0 or from 2 to 32 levels, not {self.palette}")
         if len(self.widths) != 4 or len(self.blocks) != 4 or min(self.blocks) < 1:
             raise ValueError("widths and blocks have four entries each, and no level is without blocks")
         if self.norm_groups < 1 or any(w < 1 or w > 4096 or w % self.norm_groups for w in self.widths):
@@ -50,8 +60,33 @@ class Classifier(nn.Module):
             config.blocks, num_classes=0, channels=config.widths, stem_width=config.widths[0] // 2,
             stem_type="deep", avg_down=True, norm_layer=partial(GroupNorm, num_groups=config.norm_groups),
         )  # fmt: skip
-        self.heads = nn.ModuleDict({name: nn.Linear(config.widths[-1], len(own)) for name, own in classes.items()})
+        width = config.widths[-1]
+        if config.palette:
+            self.palette = nn.Linear(config.palette**3, EMBEDDED_PALETTE, bias=False)
+            width += EMBEDDED_PALETTE
+        self.heads = nn.ModuleDict({name: nn.Linear(width, len(own)) for name, own in classes.items()})
 
     def forward(self, pictures: Tensor) -> dict[str, Tensor]:
-        features = self.trunk(adaptive_avg_pool2d(pictures.clamp(-1, 1), self.config.side_px))
+        pictures = adaptive_avg_pool2d(pictures.clamp(-1, 1), self.config.side_px)
+        features = self.trunk(pictures)
+        if self.config.palette:
+            counts = colour_histogram(pictures, self.config.palette).log1p()
+            seen = self.palette(layer_norm(counts, counts.shape[1:]).to(features))
+            features = torch.cat([features, seen], 1)
         return {name: head(features) for name, head in self.heads.items()}
+
+
+@torch.no_grad()
+def colour_histogram(pictures: Tensor, levels: int) -> Tensor:
+    """How many pixels of pictures (B, 3, H, W) in [-1, 1] have each of `levels`^3 colours, (B, levels^3); a pixel
+    between them is shared among the eight around it, by trilinear weights."""
+    place = (pictures.float().flatten(2).transpose(1, 2) + 1) / 2 * (levels - 1)  # (B, N, 3)
+    low = place.floor().clamp(max=levels - 2)
+    share = place - low
+    counts = place.new_zeros(len(pictures), levels**3)
+    steps = place.new_tensor([levels**2, levels, 1])
+    for corner in itertools.product((0, 1), repeat=3):
+        up = place.new_tensor(corner)
+        weight = torch.where(up > 0, share, 1 - share).prod(2)
+        counts.scatter_add_(1, ((low + up) * steps).sum(2).long(), weight)
+    return counts
