@@ -10,6 +10,7 @@ B batch, C channels; x_t, x0, eps are (B, C, *grid), t is (B,).
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
@@ -106,7 +107,7 @@ def _deviation(x: Tensor) -> Tensor:
     return x.flatten(1).std(dim=1).clamp(min=1e-12).view(-1, *[1] * (x.ndim - 1))
 
 
-class _Guided:
+class _Guided(ABC):
     """A wrapper around `denoiser`."""
 
     def __init__(self, denoiser: Denoises) -> None:
@@ -117,9 +118,9 @@ class _Guided:
         """That of the innermost denoiser."""
         return self.denoiser.schedule
 
+    @abstractmethod
     def predict(self, x_t: Tensor, t: Tensor, cond: Conditioning) -> Prediction:
         """Guided x0 and eps, not clipped."""
-        raise NotImplementedError
 
     def clip(self, prediction: Prediction, x_t: Tensor, t: Tensor) -> Prediction:
         """As the innermost denoiser clips."""
