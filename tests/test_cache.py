@@ -26,7 +26,7 @@ from training.data import DataConfig, Reader
 from training.encode import encode, plan
 from training.encoders import LatentSums, in_order
 from training.files import lock
-from training.loader import batches
+from training.loader import BatchOrder
 from training.online import Online
 from training.stop import Interrupted
 
@@ -122,7 +122,7 @@ class TestCache:
         assert cache.stored([50]).dtype == torch.uint8
         assert np.array_equal(cache.stored([50])[0].numpy(), picture(50))
         assert cache.text([0]).text is None
-        assert next(batches(cache, 0, 0, 4, 4)).stored().shape == (4, 64, 64, 3)
+        assert BatchOrder(cache, 0, 0, 4, 4)[0].stored().shape == (4, 64, 64, 3)
 
     def test_an_item_outside_is_refused(self, cache: Cache) -> None:
         for index in (-1, 102):
@@ -321,7 +321,7 @@ class TestOnline:
     def test_pixels_without_a_codec(self, tmp_path: Path) -> None:
         online, cache = Online(reader_of(DATA)), encode(reader_of(DATA), tmp_path)
         assert torch.equal(online.stored([5, 60]), cache.stored([5, 60]))
-        assert torch.equal(next(batches(online, 1, 0, 8, 8)).stored(), next(batches(cache, 1, 0, 8, 8)).stored())
+        assert torch.equal(BatchOrder(online, 1, 0, 8, 8)[0].stored(), BatchOrder(cache, 1, 0, 8, 8)[0].stored())
         assert online.text([0]).text is None
 
     def test_statistics_leave_out_what_the_cache_leaves_out(self, cascade: Cascade, tmp_path: Path) -> None:

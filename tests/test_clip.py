@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -17,6 +16,7 @@ from ldm.weights import load_clip
 from tests.tiny import EMOJI, ROOT
 from tests.tiny_text import tiny_bert
 from training.clip import ClipTask, clip_step
+from training.loader import BatchOrder
 from training.run import train
 from training.tasks import RunConfig, build_task
 
@@ -58,7 +58,7 @@ def test_only_what_is_unlocked_is_trained(shared: list[str], layers: int) -> Non
     module = task.module.train()
     before = {k: v.clone() for k, v in module.state_dict().items()}
     optimizer = torch.optim.SGD([p for p in module.parameters() if p.requires_grad], lr=0.1)
-    module(next(iter_batches(task))).losses[0].backward()
+    module(module.prepare(BatchOrder(task.cache, 0, 0, 8, 8)[0])).losses[0].backward()
     optimizer.step()
     changed = {k for k, v in module.state_dict().items() if not torch.equal(v, before[k])}
     assert any(name.startswith("model.visual.trunk.conv_stem") for name in changed)
@@ -66,12 +66,6 @@ def test_only_what_is_unlocked_is_trained(shared: list[str], layers: int) -> Non
     assert not any(".layer.0." in name or "embeddings" in name or "running" in name for name in changed)
     assert not any(part.training for part in module.modules() if isinstance(part, nn.BatchNorm2d))
     assert not any(part.training for part in module.model.text.modules()), "dropout of the text tower stays off"
-
-
-def iter_batches(task: ClipTask) -> Any:
-    from training.loader import batches
-
-    return batches(task.cache, 0, 0, 8, 8)
 
 
 def test_the_picture_tower_starts_from_imagenet(shared: list[str]) -> None:

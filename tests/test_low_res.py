@@ -23,7 +23,7 @@ from pipelines.stage import SamplingConfig
 from tests.tiny import EMOJI, PIXELS, tiny_task
 from training.data import DataConfig, Reader
 from training.diffusion import DiffusionTask
-from training.loader import batches
+from training.loader import BatchOrder
 from training.steps import condition_pictures, diffusion_inputs, planes
 
 CONFIG = LowResConfig(scale=4)
@@ -184,8 +184,8 @@ class TestOneFunction:
         monkeypatch.setattr(training.steps, "condition_low_res", spied)
         monkeypatch.setattr(pipelines.stage, "condition_low_res", spied)
         monkeypatch.setattr(net, "forward", told)
-        batch = next(batches(task.cache, 0, 0, 64, 64))
-        task.module(batch)
+        batch = BatchOrder(task.cache, 0, 0, 64, 64)[0]
+        task.module(task.module.prepare(batch))
         (low_res, level, eps, found), (x, labels) = made[0], seen[0]
         channels = found.shape[1]
         assert torch.allclose(labels.double(), 1000 * level, rtol=1e-6)
@@ -210,7 +210,7 @@ class TestOneFunction:
     def test_levels_are_drawn_apart_from_t_up_to_the_highest(self, task: DiffusionTask) -> None:
         frozen = replace(task.module.frozen, upscaling=replace(task.module.frozen.upscaling, dropout=0.25))
         drawn = [diffusion_inputs(batch, task.module.denoiser, frozen)
-                 for batch, _ in zip(batches(task.cache, 0, 0, 16, 16), range(40), strict=False)]  # fmt: skip
+                 for batch, _ in zip(BatchOrder(task.cache, 0, 0, 16, 16), range(40), strict=False)]  # fmt: skip
         level = torch.cat([d.cond.level for d in drawn if d.cond.level is not None])
         t = torch.cat([d.t for d in drawn])
         kept = level < 1
@@ -242,7 +242,7 @@ class TestCrops:
         """On pixels without noise, the crop of the small picture is the downsample of the crop of the large one."""
         task = tiny_task("sr", tiny, "codec=null", "unshuffle=4", "low_res.max_level=0", "upscaling.dropout=0",
                   "upscaling.crop_px=32")  # fmt: skip
-        batch = next(batches(task.cache, 0, 0, 16, 16))
+        batch = BatchOrder(task.cache, 0, 0, 16, 16)[0]
         drawn = diffusion_inputs(batch, task.module.denoiser, task.module.frozen)
         assert drawn.x0.shape == (16, 48, 8, 8)
         assert drawn.cond.low_res is not None
@@ -259,7 +259,7 @@ def test_what_is_cached_follows_the_degradation(tiny: list[str], random: bool) -
     task = tiny_task("sr", tiny, *(["upscaling.degradation.noise=0.5"] if random else []))
     assert (task.cache.key.codec is None) == random
     assert (task.cache.key.scale is None) == random
-    drawn = [diffusion_inputs(next(batches(task.cache, 0, at, 8, 8)), task.module.denoiser, task.module.frozen)
+    drawn = [diffusion_inputs(BatchOrder(task.cache, 0, at, 8, 8)[0], task.module.denoiser, task.module.frozen)
              for at in (0, 0, 8)]  # fmt: skip
     assert torch.equal(drawn[0].x0, drawn[1].x0)
     assert torch.equal(drawn[0].cond.low_res, drawn[1].cond.low_res)  # type: ignore[arg-type]
@@ -269,7 +269,7 @@ def test_what_is_cached_follows_the_degradation(tiny: list[str], random: bool) -
 
 def test_online_gives_the_same_inputs(tiny: list[str], task: DiffusionTask) -> None:
     online = tiny_task("sr", tiny, "encode=online")
-    for one, other in zip(*(diffusion_inputs(next(batches(t.cache, 0, 0, 8, 8)), t.module.denoiser, t.module.frozen)
+    for one, other in zip(*(diffusion_inputs(BatchOrder(t.cache, 0, 0, 8, 8)[0], t.module.denoiser, t.module.frozen)
                             for t in (task, online)), strict=True):  # fmt: skip
         if isinstance(one, Conditioning):
             assert all(torch.equal(getattr(one, name), getattr(other, name)) for name in ("text", "low_res", "level"))

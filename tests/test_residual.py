@@ -18,7 +18,7 @@ from ldm.conditioning import Conditioning
 from ldm.low_res import DegradationConfig, LowResConfig, degrade, local_contrast
 from pipelines.stage import SamplingConfig
 from tests.tiny import PIXELS, tiny_task
-from training.loader import batches
+from training.loader import BatchOrder
 from training.steps import diffusion_inputs, planes
 
 FLOORS = pytest.mark.parametrize("floor", ["null", "0.02"])
@@ -126,5 +126,5 @@ def test_statistics_are_kept_beside_the_cache(tiny: list[str]) -> None:
     plain = tiny_task("sr", tiny, *PIXELS).module.frozen.normalisation
     assert sum(found.std) > 1.1 * sum(plain.std)
     drawn = torch.cat([diffusion_inputs(batch, task.module.denoiser, task.module.frozen).x0
-                       for batch, _ in zip(batches(task.cache, 0, 0, 16, 16), range(6), strict=False)])  # fmt: skip
+                       for batch, _ in zip(BatchOrder(task.cache, 0, 0, 16, 16), range(6), strict=False)])  # fmt: skip
     assert drawn.std((0, 2, 3)).mean() == pytest.approx(1, abs=0.2)

@@ -19,7 +19,7 @@ from ldm.weights import load_codec
 from pipelines.cascade import load_cascade
 from training import checkpoint, loop, plan, tasks
 from training.checkpoint import Snapshot
-from training.loader import batches, order
+from training.loader import BatchOrder, order
 from training.optim import OptimConfig, learning_rate
 from training.run import average, train
 from training.stop import Interrupted
@@ -84,6 +84,7 @@ class TestRun:
                           "loop.images=128"]),
         ("base_t5", [4], ["encode=online", "denoiser.weighting=learned", "loop.images=128"]),
         ("autoencoder", [3, 7], ["loop.images=160"]),
+        ("autoencoder", [3], ["loop.images=96", "loop.workers=2"]),
         ("sr", [4], ["loop.images=128"]),
     ])  # fmt: skip
     def test_interrupted_run_resumes_to_equal_weights(
@@ -118,10 +119,16 @@ class TestRun:
         self, runs: Path, base: Path, tmp_path: Path
     ) -> None:
         online = "encode=online"
-        for number, more in enumerate((["loop.accumulation=4"], [online, "data.workers=2"])):
+        for number, more in enumerate((["loop.accumulation=4"], ["loop.workers=2"], [online, "data.workers=2"])):
             run = tmp_path / str(number)
             train(ROOT / "configs/tiny/base_t5.yaml", run, [*base_overrides(runs, "base_t5"), *more])
             assert losses(run) == pytest.approx(losses(base), rel=1e-4)
+
+    def test_what_encodes_in_training_is_not_prepared_ahead(self, runs: Path, base: Path, tmp_path: Path) -> None:
+        for name, more in (("inpainting", []), ("base_t5", ["encode=online"])):
+            overrides = [*base_overrides(runs, name), "loop.workers=1", *more]
+            with pytest.raises(UserError, match=r"Set loop\.workers=0"):
+                train(ROOT / f"configs/tiny/{name}.yaml", tmp_path / name, overrides)
 
     def test_activation_checkpointing_changes_no_loss(self, runs: Path, base: Path, tmp_path: Path) -> None:
         overrides = [*base_overrides(runs, "base_t5"), "loop.activation_checkpointing=true"]
@@ -265,7 +272,7 @@ class TestLoader:
         size = 16 // (world * accumulation)
         seen: dict[int, tuple[int, float]] = {}
         for rank in range(world):
-            loader = batches(task.cache, 3, 80, size, 16, world, rank)
+            loader = iter(BatchOrder(task.cache, 3, 80, size, 16, world, rank))
             for _ in range(2 * accumulation):
                 batch = next(loader)
                 draws = batch.uniform().tolist()

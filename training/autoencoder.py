@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ldm.config import UserError, to_dict
 from ldm.latents import CodecConfig, LatentCodec
@@ -17,7 +17,7 @@ from pipelines.images import grid, save_png, to_uint8
 from training.cache import Cache
 from training.data import Reader
 from training.features import Features
-from training.loader import Batch
+from training.loader import Batch, StepModule
 from training.metrics import psnr, ssim
 from training.stages import EVALUATION_ROWS, StageRun, written_whole
 from training.steps import ReconstructionConfig, StepResult, autoencoder_step, training_squares
@@ -57,7 +57,7 @@ class Perception:
         return self
 
 
-class AutoencoderModule(nn.Module):
+class AutoencoderModule(StepModule):
     """The codec with its training step as `forward`, as the loop and data parallelism want it."""
 
     def __init__(self, codec: LatentCodec, config: ReconstructionConfig) -> None:
@@ -66,11 +66,13 @@ class AutoencoderModule(nn.Module):
         self.config = config
         self.frozen = Perception(Features() if config.perceptual else None)
 
-    def forward(self, batch: Batch) -> StepResult:
-        device = self.codec.device
-        pixels = training_squares(batch, self.config).to(device)
+    def prepare(self, batch: Batch) -> tuple[Tensor, Tensor]:
         side = self.config.crop_px // self.codec.config.factor
-        noise = batch.normal((self.codec.config.latent_channels, side, side)).to(device)
+        return training_squares(batch, self.config), batch.normal((self.codec.config.latent_channels, side, side))
+
+    def forward(self, inputs: tuple[Tensor, Tensor]) -> StepResult:
+        device = self.codec.device
+        pixels, noise = (each.to(device) for each in inputs)
         return autoencoder_step(self.codec, pixels, noise, self.config, self.frozen.on(device))
 
 

@@ -17,7 +17,7 @@ from training.bench_tools import ROOT, Bare, Engine, Setup, Table, interleaved, 
 from training.diffusion import DiffusionTask
 from training.ema import Ema, EmaConfig, decay
 from training.environment import prepare_process
-from training.loader import batches
+from training.loader import BatchOrder
 from training.plan import FORMATS
 from training.processes import process_state
 from training.shard import blocks
@@ -113,7 +113,7 @@ def _stratification(setup: Setup, table: Table) -> None:
     assert isinstance(task, DiffusionTask)
     own: Any = task.module
     size = config.loop.batch
-    loader = batches(task.cache, config.seed, 0, size, size)
+    loader = iter(BatchOrder(task.cache, config.seed, 0, size, size))
     pool = torch.stack([
         own.denoiser.loss(*diffusion_inputs(next(loader), own.denoiser, own.frozen))
         for _ in range(setup.times(POOL_ROUNDS, 8))

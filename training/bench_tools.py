@@ -25,7 +25,7 @@ from training import loop
 from training.autoencoder import AutoencoderRun
 from training.diffusion import DiffusionRun
 from training.engine import Task, start
-from training.loader import Batch, batches
+from training.loader import Batch, BatchOrder, Prepared
 from training.optim import build_optimizer
 from training.plan import FORMATS
 from training.steps import autoencoder_step, diffusion_inputs, diffusion_step, training_squares
@@ -33,6 +33,7 @@ from training.stop import Stop
 from training.tasks import RunConfig, build_task
 
 ROOT = Path(__file__).parent.parent
+ENDLESS = 10**12  # images
 CODEC = "pipelines/weights/emoji/codec"
 SIDE = 2048
 CONV = (32, 128, 32, 32)
@@ -230,7 +231,7 @@ class Bare:
 
     def __init__(self, task: Task, config: AutoencoderRun | DiffusionRun,
                  layout: str = "contiguous") -> None:  # fmt: skip
-        batch = next(batches(task.cache, config.seed, 0, config.loop.batch, config.loop.batch))
+        batch = BatchOrder(task.cache, config.seed, 0, config.loop.batch, config.loop.batch)[0]
         self.loss = ready_loss(task, config, batch)
         self.module = copy.deepcopy(task.module).to(memory_format=FORMATS[layout])
         self.optimizer = build_optimizer(config.optim, self.module.parameters())
@@ -262,7 +263,7 @@ class Engine:
         with redirect_stderr(io.StringIO()):  # bars of progress
             self.task = build_task(config)
             self.live = start(self.task, config.loop, config.optim, config.ema, config.seed, run)
-        self.loader = self.live.loader(self.task.cache, config.seed)
+        self.loader: Iterator[Prepared] = self.live.loader(self.task.cache, config.seed, ENDLESS)
         self._reporter = loop._Reporter(self.task, self.live, run, {}, Stop())
 
     def steps(self, count: int) -> None:

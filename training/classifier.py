@@ -23,7 +23,7 @@ from ldm.weights import load_classifier, save_classifier, write_json
 from pipelines.images import grid, save_png, to_uint8
 from training.cache import Cache
 from training.data import Reader
-from training.loader import Batch
+from training.loader import Batch, StepModule
 from training.online import Online
 from training.stages import EVALUATION_ROWS, StageRun, written_whole
 from training.steps import StepResult, planes
@@ -74,19 +74,22 @@ def check_labels(labels: Sequence[str], smoothing: float) -> None:
         raise ValueError(f"smoothing is a share, from 0 to below 1, not {smoothing:g}")
 
 
-class ClassifierModule(nn.Module):
+class ClassifierModule(StepModule):
     """The classifier with its training step as `forward`."""
 
     def __init__(self, classifier: Classifier, config: ClassifierRun) -> None:
         super().__init__()
         self.classifier, self.config = classifier, config
 
-    def forward(self, batch: Batch) -> StepResult:
-        device = next(self.parameters()).device
+    def prepare(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         pictures = augment(batch, self.config.classifier.side_px, self.config.augmentation)
         records = [batch.cache.record(i) for i in batch.indices]
-        wanted = {name: labels_of(records, name, self.classifier.classes[name]) for name in self.config.labels}
-        return cross_entropies(self.classifier(pictures.to(device)), wanted, self.config.smoothing)
+        return pictures, {name: labels_of(records, name, self.classifier.classes[name]) for name in self.config.labels}
+
+    def forward(self, inputs: tuple[Tensor, dict[str, Tensor]]) -> StepResult:
+        pictures, wanted = inputs
+        found = self.classifier(pictures.to(next(self.parameters()).device))
+        return cross_entropies(found, wanted, self.config.smoothing)
 
 
 def cross_entropies(found: dict[str, Tensor], wanted: dict[str, Tensor], smoothing: float) -> StepResult:

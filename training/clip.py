@@ -24,7 +24,7 @@ from ldm.weights import load_clip, save_clip, write_json
 from training.classifier import AugmentationConfig, augment, show_augmented
 from training.data import Reader
 from training.features import weights as imagenet
-from training.loader import Batch
+from training.loader import Batch, StepModule
 from training.processes import process_state
 from training.quality import retrieved
 from training.stages import EVALUATION_ROWS, StageRun, written_whole
@@ -57,7 +57,7 @@ class ClipRun(StageRun):
                              f"{self.clip.image_px}")  # fmt: skip
 
 
-class ClipModule(nn.Module):
+class ClipModule(StepModule):
     """The model with its training step as `forward`. Batch normalisation keeps its statistics, text no dropout."""
 
     def __init__(self, model: Any, encoder: TextEncoder, config: ClipRun) -> None:
@@ -72,13 +72,17 @@ class ClipModule(nn.Module):
                 part.eval()
         return self
 
-    def forward(self, batch: Batch) -> StepResult:
-        device = self.model.logit_scale.device
-        pictures = augment(batch, self.config.clip.image_px, self.config.augmentation).to(device)
+    def prepare(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        pictures = augment(batch, self.config.clip.image_px, self.config.augmentation)
         captions = [batch.cache.record(i)["captions"] for i in batch.indices]
         chosen = batch.integers([len(c) for c in captions])
         texts = [c[k] for c, k in zip(captions, chosen, strict=True)]
-        return clip_step(self.model, pictures, self.frozen.tokens(texts).to(device))
+        return pictures, self.frozen.tokens(texts)
+
+    def forward(self, inputs: tuple[Tensor, Tensor]) -> StepResult:
+        device = self.model.logit_scale.device
+        pictures, tokens = (each.to(device) for each in inputs)
+        return clip_step(self.model, pictures, tokens)
 
 
 @dataclass

@@ -32,7 +32,7 @@ from training.cache import Cache
 from training.data import Reader
 from training.encoders import LatentSums
 from training.files import write_atomically
-from training.loader import Batch
+from training.loader import Batch, StepModule
 from training.online import Online
 from training.processes import process_state
 from training.stages import EVALUATION_ROWS, StageRun, written_whole
@@ -149,17 +149,21 @@ class DiffusionRun(StageRun):
             raise UserError(f"upscaling.crop_px {crop} is larger than data.size_px {self.data.size_px}")
 
 
-class DiffusionModule(nn.Module):
+class DiffusionModule(StepModule):
     """The denoiser with its training step as `forward`."""
 
     def __init__(self, denoiser: Denoiser, frozen: Frozen) -> None:
         super().__init__()
         self.denoiser = denoiser
         self.frozen = frozen  # no module: its codec is neither trained nor saved
+        encodes = frozen.inpainting or frozen.low_res is not None
+        self.ahead = frozen.codec.autoencoder is None or not encodes
 
-    def forward(self, batch: Batch) -> StepResult:
+    def prepare(self, batch: Batch) -> DiffusionInputs:
+        return diffusion_inputs(batch, self.denoiser, self.frozen)
+
+    def forward(self, drawn: DiffusionInputs) -> StepResult:
         device = next(self.denoiser.parameters()).device
-        drawn = diffusion_inputs(batch, self.denoiser, self.frozen)
         inputs = DiffusionInputs(drawn.x0.to(device), drawn.eps.to(device), drawn.t, drawn.cond.to(device))
         return diffusion_step(self.denoiser, inputs)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Generator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol, cast
@@ -20,7 +20,7 @@ from training import checkpoint
 from training.cache import Cache
 from training.checkpoint import Snapshot
 from training.ema import Ema, EmaConfig
-from training.loader import Batch, batches
+from training.loader import BatchOrder, Prepared, StepModule, prepared
 from training.log import TrackerName
 from training.online import Online
 from training.optim import OptimConfig, build_optimizer
@@ -47,7 +47,8 @@ class LoopConfig(Config):
     batch is the global batch of one optimizer step, over all processes and `accumulation` micro-batches. processes:
     the number the launch must have, null for any. sharding: `full` shares parameters, averages and optimizer over
     all processes, `hybrid` over those of each machine. memory_format `auto` measures both layouts once. compile:
-    the repeated blocks, by torch.compile. process_timeout_s: how long processes wait for one another.
+    the repeated blocks, by torch.compile. process_timeout_s: how long processes wait for one another. workers: other
+    processes that read and draw batches ahead, of each process, which a GPU needs to be kept busy; 0 for none.
     """
 
     images: int
@@ -65,6 +66,7 @@ class LoopConfig(Config):
     activation_checkpointing: bool = False
     trackers: tuple[TrackerName, ...] = ("tensorboard",)
     process_timeout_s: int = 1800
+    workers: int = 0
 
     def __post_init__(self) -> None:
         if not 1 <= self.batch <= 1_000_000 or self.accumulation < 1 or self.batch % self.accumulation:
@@ -76,6 +78,8 @@ class LoopConfig(Config):
         for name in ("log_every_images", "preview_every_images", "save_every_images", "process_timeout_s"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1")
+        if not 0 <= self.workers <= 1024:
+            raise ValueError(f"workers must be from 0 to 1024, not {self.workers}")
         if self.processes is not None and self.processes < 1:
             raise ValueError("processes must be at least 1, or null for any number")
         if self.save_every_images > self.images:
@@ -90,11 +94,11 @@ class LoopConfig(Config):
 
 
 class Task(Protocol):
-    """What the loop trains. `module(batch)` is a StepResult."""
+    """What the loop trains."""
 
     @property
-    def module(self) -> nn.Module:
-        """Called with a batch in training."""
+    def module(self) -> StepModule:
+        """The networks, with their training step."""
 
     @property
     def cache(self) -> Cache | Online:
@@ -134,7 +138,7 @@ class Live:
 
     config: LoopConfig
     accelerator: Accelerator
-    bare: nn.Module
+    bare: StepModule
     module: nn.Module
     ema: Ema
     optimizers: list[Any]
@@ -154,11 +158,13 @@ class Live:
     def sharded(self) -> bool:
         return self.config.sharding != "none"
 
-    def loader(self, cache: Cache | Online, seed: int) -> Iterator[Batch]:
-        """This process's micro-batches from the next image on."""
+    def loader(self, cache: Cache | Online, seed: int, until: int) -> Generator[Prepared]:
+        """This process's micro-batches from the next image to `until`, prepared."""
         world, rank = self.accelerator.num_processes, self.accelerator.process_index
         size = self.config.batch // (world * self.config.accumulation)
-        return batches(cache, seed, self.images, size, self.config.batch, world, rank)
+        wanted = BatchOrder(cache, seed, self.images, size, self.config.batch, world, rank)
+        steps = (until - self.images) // self.config.batch * self.config.accumulation
+        return prepared(wanted, self.bare, steps, self.config.workers)
 
     def any(self, flag: bool) -> bool:
         """Whether the flag is set on any process; they all learn the same."""
@@ -221,11 +227,14 @@ def start(task: Task, config: LoopConfig, optim: OptimConfig, ema: EmaConfig, se
         raise UserError(
             f"loop.batch {config.batch} is not a multiple of {world} processes x {config.accumulation} accumulation"
         )
+    if config.workers and not (task.module.ahead and isinstance(task.cache, Cache)):
+        raise UserError(f"loop.workers {config.workers}: this run encodes pictures as it trains, which only the "
+                        "process that trains can do. Set loop.workers=0")  # fmt: skip
     found = _agree_on_checkpoint(run, resume, accelerator)
     over: DeviceMesh | None = mesh(config.sharding) if config.sharding != "none" else None
     module = task.module.to(accelerator.device)
     _adapt(module, config)
-    trial = next(batches(task.cache, seed, 0, config.batch // (world * config.accumulation), config.batch))
+    trial = BatchOrder(task.cache, seed, 0, config.batch // (world * config.accumulation), config.batch)[0]
     plan = choose_format(module, trial, accelerator, config, run, fresh=found is None)
     module = module.to(memory_format=plan.torch_format)
     averages = Ema(module, ema)

@@ -1,13 +1,20 @@
-"""Which image is seen when, and with which randomness: pure functions of (seed, position in the run)."""
+"""Which image is seen when, and with which randomness: pure functions of (seed, position in the run).
+
+    batch `number` of the run -> Batch -> StepModule.prepare -> inputs    here, or ahead in other processes
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from abc import ABC, abstractmethod
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import count
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
 
 from ldm.draws import keyed_generator
 from training.cache import Cache
@@ -51,22 +58,71 @@ class Batch:
         return [int(torch.randint(limit, (), generator=g)) for limit, g in draws]
 
 
-def batches(cache: Cache | Online, seed: int, start: int, size: int, global_size: int, stride: int = 1,
-            offset: int = 0) -> Iterator[Batch]:  # fmt: skip
-    """Micro-batches of `size` from image `start` of the run on, endlessly.
+class StepModule(nn.Module, ABC):
+    """Networks with their training step: `module(module.prepare(batch))` is a StepResult.
 
-    Of the micro-batches of the run, counted from `start`, this yields every `stride`-th, beginning with number
-    `offset`: process `offset` of `stride`. `size * stride * accumulation` must be `global_size`.
+    ahead: whether `prepare` needs no network, so that it can be done before its turn, by another process.
     """
-    number = offset
-    while True:
-        first = start + number * size
-        positions = range(first, first + size)
-        yield Batch(
-            cache,
-            [int(order(seed, p // len(cache), len(cache))[p % len(cache)]) for p in positions],
-            [keyed_generator(seed, "image", p) for p in positions],
-            [p % global_size for p in positions],
-            global_size,
+
+    ahead = True
+
+    @abstractmethod
+    def prepare(self, batch: Batch) -> Any:
+        """All that the step reads and draws, on the CPU; tensors, in tuples or dataclasses if there are several."""
+
+
+class Prepared(NamedTuple):
+    """The items of a micro-batch, and what `StepModule.prepare` made of them."""
+
+    indices: list[int]
+    inputs: Any
+
+
+@dataclass(frozen=True)
+class BatchOrder:
+    """The micro-batches of `size` from image `start` of the run on, by number. Of every `stride` of them, process
+    `offset` has one; `size * stride * accumulation` must be `global_size`."""
+
+    cache: Cache | Online
+    seed: int
+    start: int
+    size: int
+    global_size: int
+    stride: int = 1
+    offset: int = 0
+
+    def __iter__(self) -> Iterator[Batch]:
+        """Endlessly."""
+        return (self[number] for number in count())
+
+    def __getitem__(self, number: int) -> Batch:
+        """This process's batch of a number, counted from 0."""
+        first = self.start + (self.offset + number * self.stride) * self.size
+        positions, items = range(first, first + self.size), len(self.cache)
+        return Batch(
+            self.cache,
+            [int(order(self.seed, p // items, items)[p % items]) for p in positions],
+            [keyed_generator(self.seed, "image", p) for p in positions],
+            [p % self.global_size for p in positions],
+            self.global_size,
         )
-        number += stride
+
+
+class _Steps(Dataset[Prepared]):
+    def __init__(self, wanted: BatchOrder, module: StepModule) -> None:
+        self.wanted, self.module = wanted, module
+
+    def __getitem__(self, number: int) -> Prepared:
+        batch = self.wanted[number]
+        return Prepared(batch.indices, self.module.prepare(batch))
+
+
+def prepared(wanted: BatchOrder, module: StepModule, steps: int, workers: int = 0) -> Generator[Prepared]:
+    """The first `steps` of them, prepared; `workers` processes work ahead until it is closed, which changes no bit."""
+    made = _Steps(wanted, module)
+    if not workers:
+        yield from (made[number] for number in range(steps))
+        return
+    # forked: they share the mapped caches, and need nothing of the GPU
+    yield from DataLoader(made, batch_size=None, sampler=range(steps), num_workers=workers,
+                          multiprocessing_context="fork")  # fmt: skip

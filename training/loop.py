@@ -1,6 +1,6 @@
 """The only training loop: accumulate, clip, step, average, log, preview, save. Knows no stage.
 
-    batch -> module(batch): losses, metrics -> backward -> agree -> clip -> step -> average -> log, report, save
+    inputs of a batch -> module: losses, metrics -> backward -> agree -> clip -> step -> average -> log, report, save
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import closing, suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +18,12 @@ from torch import Tensor
 from ldm.config import UserError
 from ldm.progress import advancing
 from training import checkpoint
+from training.cache import Cache
 from training.ema import EmaConfig
 from training.engine import Live, LoopConfig, Resume, Task, start
-from training.loader import Batch
+from training.loader import Prepared
 from training.log import MetricsLog, Trackers
+from training.online import Online
 from training.optim import OptimConfig, learning_rate
 from training.posthoc import save_snapshots
 from training.processes import together
@@ -32,7 +34,8 @@ MAX_BAD_STEPS = 10
 MAX_SCALING_STEPS = 40  # fp16: a gradient scaler halves its scale at each bad step, from 2^16 on
 
 
-def _step(live: Live, loader: Iterator[Batch], optim: OptimConfig) -> tuple[dict[str, float], bool]:
+def _step(live: Live, loader: Iterator[Prepared], cache: Cache | Online, optim: OptimConfig
+          ) -> tuple[dict[str, float], bool]:  # fmt: skip
     """One optimizer step over `batch` images -> metrics, and whether it was taken.
 
     A loss or gradient that is not finite, on any process, changes nothing on all of them.
@@ -42,18 +45,18 @@ def _step(live: Live, loader: Iterator[Batch], optim: OptimConfig) -> tuple[dict
     totals: dict[str, Tensor] = {}
     rate = learning_rate(optim, live.images, config.images)
     norm = torch.zeros((), device=accelerator.device)
-    seen: list[Batch] = []
+    seen: list[int] = []
     for optimizer in live.optimizers:
         for group in optimizer.param_groups:
             group["lr"] = rate
     for micro in range(config.accumulation):
-        batch = next(loader)
-        seen.append(batch)
+        indices, inputs = next(loader)
+        seen += indices
         with accelerator.accumulate(live.module):
             if live.sharded:
                 live.module.set_requires_gradient_sync(micro == config.accumulation - 1)  # type: ignore[operator]
             with accelerator.autocast():
-                losses, metrics = live.module(batch)
+                losses, metrics = live.module(inputs)
             for number, loss in enumerate(losses):
                 accelerator.backward(loss)
                 metrics[f"loss{number or ''}"] = loss.detach()
@@ -67,7 +70,7 @@ def _step(live: Live, loader: Iterator[Batch], optim: OptimConfig) -> tuple[dict
                 _apply(live, taken, math.isfinite(shared["grad_norm"]))
     live.images += config.batch
     if not taken:
-        keys = ", ".join(batch.cache.record(i)["key"] for batch in seen for i in batch.indices)
+        keys = ", ".join(cache.record(i)["key"] for i in seen)
         print(f"step skipped at {live.images} images: loss or gradient not finite on {keys}", flush=True)
     live.seconds += time.monotonic() - began
     return {**shared, "lr": rate}, taken
@@ -210,14 +213,16 @@ def train(task: Task, config: LoopConfig, optim: OptimConfig, ema: EmaConfig, se
         try:
             with stop.noted():
                 end = min(config.images, until or config.images)
-                _run(live, live.loader(task.cache, seed), optim, end, run, reporter)
+                with closing(live.loader(task.cache, seed, end)) as loader:
+                    _run(live, loader, optim, end, run, reporter)
                 reporter.finish()
         finally:
             reporter.close()
     return run / "final"
 
 
-def _run(live: Live, loader: Iterator[Batch], optim: OptimConfig, until: int, run: Path, reporter: _Reporter) -> None:
+def _run(live: Live, loader: Iterator[Prepared], optim: OptimConfig, until: int, run: Path,
+         reporter: _Reporter) -> None:  # fmt: skip
     config, bad = live.config, 0
 
     def due(every: int, last: int) -> bool:
@@ -235,7 +240,7 @@ def _run(live: Live, loader: Iterator[Batch], optim: OptimConfig, until: int, ru
                 raise Interrupted(f"interrupted at {live.images} images and saved; the same command resumes")
             if done:
                 return
-            values, taken = _step(live, loader, optim)
+            values, taken = _step(live, loader, reporter.task.cache, optim)
             _average(live, run, reporter)
             reporter.step(values, taken)
             advance()

@@ -24,7 +24,7 @@ from pipelines.stage import Stage
 from training.classifier import check_labels, classes_of, cross_entropies, labels_of
 from training.data import Reader
 from training.diffusion import EVALUATION_LEVELS
-from training.loader import Batch
+from training.loader import Batch, StepModule
 from training.stages import EVALUATION_ROWS, StageRun, written_whole
 from training.steps import Frozen, StepResult, raw_latents
 
@@ -60,24 +60,27 @@ class NoisyClassifierRun(StageRun):
         return stage
 
 
-class NoisyClassifierModule(nn.Module):
+class NoisyClassifierModule(StepModule):
     """The classifier with its training step as `forward`."""
 
     def __init__(self, classifier: NoisyClassifier, schedule: NoiseSchedule, frozen: Frozen, smoothing: float) -> None:
         super().__init__()
         self.classifier, self.schedule, self.frozen, self.smoothing = classifier, schedule, frozen, smoothing
 
-    def forward(self, batch: Batch) -> StepResult:
-        device = next(self.parameters()).device
+    def prepare(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor, dict[str, Tensor]]:
         stored, codec = batch.stored(), self.frozen.codec.config
         side = stored.shape[1] // codec.factor if stored.dtype == torch.uint8 else stored.shape[-1]
         noise = batch.normal((codec.latent_channels, side, side)) if codec.autoencoder else None
         x0 = self.frozen.normalisation.apply(raw_latents(stored, None, self.frozen, noise))
         eps = batch.normal(tuple(x0.shape[1:]))
         u = (torch.tensor(batch.places, dtype=torch.float64) + batch.uniform()) / batch.global_size
-        t = self.schedule.draw_t(u)
         records = [batch.cache.record(i) for i in batch.indices]
         wanted = {name: labels_of(records, name, own) for name, own in self.classifier.classes.items()}
+        return x0, eps, self.schedule.draw_t(u), wanted
+
+    def forward(self, inputs: tuple[Tensor, Tensor, Tensor, dict[str, Tensor]]) -> StepResult:
+        x0, eps, t, wanted = inputs
+        device = next(self.parameters()).device
         x_t = self.schedule.add_noise(x0.to(device), eps.to(device), t)
         return cross_entropies(self.classifier(x_t, self.schedule.network_time(t)), wanted, self.smoothing)
 

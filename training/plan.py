@@ -13,11 +13,10 @@ from typing import TYPE_CHECKING
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast
-from torch import nn
 
 from ldm.weights import write_json
 from training.files import write_atomically
-from training.loader import Batch
+from training.loader import Batch, StepModule
 
 if TYPE_CHECKING:
     from training.engine import LoopConfig
@@ -62,7 +61,7 @@ class Plan:
         return "\n".join(lines)
 
 
-def choose_format(module: nn.Module, batch: Batch, accelerator: Accelerator, config: LoopConfig, run: Path,
+def choose_format(module: StepModule, batch: Batch, accelerator: Accelerator, config: LoopConfig, run: Path,
                   fresh: bool) -> Plan:  # fmt: skip
     """The plan of a run: measured on a fresh start by passes over one batch that leave no trace; else as recorded.
 
@@ -90,13 +89,13 @@ def choose_format(module: nn.Module, batch: Batch, accelerator: Accelerator, con
     return plan
 
 
-def _trial(module: nn.Module, batch: Batch, accelerator: Accelerator) -> float:
-    """Seconds of one forward and backward pass; gradients are thrown away."""
+def _trial(module: StepModule, batch: Batch, accelerator: Accelerator) -> float:
+    """Seconds of one preparation, forward and backward pass; gradients are thrown away."""
     best = float("inf")
     for _ in range(TRIAL_STEPS):
         began = time.perf_counter()
         with accelerator.autocast():
-            losses = module(batch).losses
+            losses = module(module.prepare(batch)).losses
         sum(losses[1:], losses[0]).backward()
         if accelerator.device.type == "cuda":
             torch.cuda.synchronize()

@@ -34,7 +34,8 @@ from training.tasks import AnyRun, RunConfig, build_task, load_parts, with_data
 # Changing these between two legs of a run changes no weight but through its length, or by the order of sums.
 _FREE = ("loop.images", "loop.accumulation", "loop.processes", "loop.process_timeout_s", "loop.sharding",
          "loop.log_every_images", "loop.preview_every_images", "loop.save_every_images", "loop.keep_checkpoints",
-         "loop.trackers", "loop.activation_checkpointing", "data.workers", "data.read_timeout_s", "cache")  # fmt: skip
+         "loop.trackers", "loop.activation_checkpointing", "loop.workers", "data.workers", "data.read_timeout_s",
+         "cache")  # fmt: skip
 DRY_ROWS = 64
 
 

@@ -29,7 +29,7 @@ from ldm.sampling import ddpm
 from ldm.weights import write_json
 from training.ema import EmaConfig
 from training.engine import LoopConfig
-from training.loader import Batch
+from training.loader import Batch, StepModule
 from training.optim import OptimConfig
 from training.stages import written_whole
 from training.steps import StepResult
@@ -136,18 +136,23 @@ class Sequences:
         return {"key": f"sequence {index}", "captions": [], "fields": {}}
 
 
-class SequencesModule(nn.Module):
+class SequencesModule(StepModule):
     """The denoiser with its training step as `forward`."""
 
     def __init__(self, denoiser: Denoiser) -> None:
         super().__init__()
         self.denoiser = denoiser
 
-    def forward(self, batch: Batch) -> StepResult:
-        x0 = batch.stored().to(next(self.parameters()).device)
+    def prepare(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+        x0 = batch.stored()
         eps = batch.normal(tuple(x0.shape[1:])).to(x0)
         u = (torch.tensor(batch.places, dtype=torch.float64) + batch.uniform()) / batch.global_size
-        return StepResult([self.denoiser.loss(x0, eps, self.denoiser.schedule.draw_t(u), Conditioning()).mean()], {})
+        return x0, eps, self.denoiser.schedule.draw_t(u)
+
+    def forward(self, inputs: tuple[Tensor, Tensor, Tensor]) -> StepResult:
+        x0, eps, t = inputs
+        device = next(self.parameters()).device
+        return StepResult([self.denoiser.loss(x0.to(device), eps.to(device), t, Conditioning()).mean()], {})
 
 
 class SequencesTask:
