@@ -193,6 +193,26 @@ def test_colours_are_counted_where_they_lie() -> None:
     torch.testing.assert_close(colour_histogram(anything, 7).sum(1), torch.full((3,), 64.0))
 
 
+def test_recoloured_convolutions_leave_the_colours_to_the_palette(task: ClassifierTask) -> None:
+    torch.manual_seed(0)
+    config = replace(TINY, palette=4)
+    module = ClassifierModule(Classifier(config, task.module.classifier.classes), task.module.config)
+    module.config = replace(task.module.config, classifier=config, recolour=0.5)
+    pictures, recoloured, _ = module.prepare(batch_of(task.cache, [0, 1]))
+    plain = task.module.prepare(batch_of(task.cache, [0, 1]))[0]
+    assert recoloured is not None
+    assert torch.equal(pictures, plain)
+    assert (recoloured - pictures).abs().max() > 0.05
+    trunk, palette = [], []
+    module.classifier.trunk.register_forward_pre_hook(lambda _, inputs: trunk.append(inputs[0]))
+    module.classifier.palette.register_forward_pre_hook(lambda _, inputs: palette.append(inputs[0]))
+    module.classifier(pictures, recoloured)
+    module.classifier(pictures)
+    assert torch.equal(trunk[0], recoloured)
+    assert torch.equal(trunk[1], pictures)
+    assert torch.equal(palette[0], palette[1])
+
+
 def test_a_palette_sees_colours_wherever_they_are() -> None:
     """With the trunk silent, moving pixels about changes nothing, and another colour does."""
     torch.manual_seed(0)

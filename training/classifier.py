@@ -50,17 +50,24 @@ class AugmentationConfig(Config):
 
 @dataclass(frozen=True, kw_only=True)
 class ClassifierRun(StageRun):
-    """`ldm train` of a classifier: labels are fields of the data's rows, and every value is a class."""
+    """`ldm train` of a classifier: labels are fields of the data's rows, and every value is a class. recolour: changes
+    colours by so much, as `augmentation.colour` does, for the convolutions alone: the palette still sees them."""
 
     kind: Literal["classifier"] = "classifier"
     labels: tuple[str, ...]
     classifier: ClassifierConfig = ClassifierConfig()
     augmentation: AugmentationConfig = AugmentationConfig()
+    recolour: float = 0.0
     smoothing: float = 0.1
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_labels(self.labels, self.smoothing)
+        if not 0 <= self.recolour < 1:
+            raise ValueError(f"recolour is a share, from 0 to below 1, not {self.recolour:g}")
+        if self.recolour and not self.classifier.palette:
+            raise ValueError("recolour hides colours from the convolutions: the palette must see them, set "
+                             "classifier.palette")  # fmt: skip
         if self.data.size_px % self.classifier.side_px:
             raise ValueError(f"data.size_px {self.data.size_px} must be a multiple of classifier.side_px "
                              f"{self.classifier.side_px}")  # fmt: skip
@@ -81,15 +88,17 @@ class ClassifierModule(StepModule):
         super().__init__()
         self.classifier, self.config = classifier, config
 
-    def prepare(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+    def prepare(self, batch: Batch) -> tuple[Tensor, Tensor | None, dict[str, Tensor]]:
         pictures = augment(batch, self.config.classifier.side_px, self.config.augmentation)
+        recoloured = vary_colours(pictures, batch, self.config.recolour).clamp(-1, 1) if self.config.recolour else None
         records = [batch.cache.record(i) for i in batch.indices]
-        return pictures, {name: labels_of(records, name, self.classifier.classes[name]) for name in self.config.labels}
+        wanted = {name: labels_of(records, name, self.classifier.classes[name]) for name in self.config.labels}
+        return pictures, recoloured, wanted
 
-    def forward(self, inputs: tuple[Tensor, dict[str, Tensor]]) -> StepResult:
-        pictures, wanted = inputs
-        found = self.classifier(pictures.to(next(self.parameters()).device))
-        return cross_entropies(found, wanted, self.config.smoothing)
+    def forward(self, inputs: tuple[Tensor, Tensor | None, dict[str, Tensor]]) -> StepResult:
+        device = next(self.parameters()).device
+        pictures, recoloured = (None if each is None else each.to(device) for each in inputs[:2])
+        return cross_entropies(self.classifier(pictures, recoloured), inputs[2], self.config.smoothing)
 
 
 def cross_entropies(found: dict[str, Tensor], wanted: dict[str, Tensor], smoothing: float) -> StepResult:
@@ -106,19 +115,29 @@ def cross_entropies(found: dict[str, Tensor], wanted: dict[str, Tensor], smoothi
 def augment(batch: Batch, side_px: int, config: AugmentationConfig) -> Tensor:
     """The batch's pictures, varied: (B, 3, side_px, side_px) in [-1, 1]."""
     pictures = planes(batch.stored())
-    u = torch.stack([batch.uniform() for _ in range(7)]).float() * 2 - 1  # (7, B) in [-1, 1]
+    u = _signed(batch, 4)
     scale, angle = 1 + config.zoom * u[0], math.radians(config.degrees) * u[1]
     cos, sin = torch.cos(angle) / scale, torch.sin(angle) / scale
     theta = torch.stack([cos, -sin, 2 * config.shift * u[2], sin, cos, 2 * config.shift * u[3]], 1).view(-1, 2, 3)
     at = affine_grid(theta, list(pictures.shape), align_corners=False)
     pictures = grid_sample(pictures - 1, at, align_corners=False) + 1  # beyond the border it is white
-    bright, contrast, colourful = (config.colour * u[k].view(-1, 1, 1, 1) for k in (4, 5, 6))
-    grey = pictures.mean(1, keepdim=True)
+    stored = torch.from_numpy(to_uint8(vary_colours(pictures, batch, config.colour)))
+    return planes(degrade(stored, stored.shape[1] // side_px, config.degradation, batch.generators))
+
+
+def vary_colours(pictures: Tensor, batch: Batch, share: float) -> Tensor:
+    """Pictures (B, 3, H, W) with brightness, contrast and saturation changed by up to `share`, each by its own draw."""
+    bright, contrast, colourful = (u.view(-1, 1, 1, 1) * share for u in _signed(batch, 3))
+    grey: Tensor = pictures.mean(1, keepdim=True)
     pictures = grey + (pictures - grey) * (1 + colourful)
     mean = pictures.mean((1, 2, 3), keepdim=True)
-    pictures = mean + (pictures - mean) * (1 + contrast) + bright
-    stored = torch.from_numpy(to_uint8(pictures))
-    return planes(degrade(stored, stored.shape[1] // side_px, config.degradation, batch.generators))
+    varied: Tensor = mean + (pictures - mean) * (1 + contrast) + bright
+    return varied
+
+
+def _signed(batch: Batch, count: int) -> Tensor:
+    """Draws of U[-1, 1): (count, B)."""
+    return torch.stack([batch.uniform() for _ in range(count)]).float() * 2 - 1
 
 
 def show_augmented(cache: Cache | Online, side_px: int, config: AugmentationConfig, path: Path) -> None:

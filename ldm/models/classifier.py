@@ -66,9 +66,10 @@ class Classifier(nn.Module):
             width += EMBEDDED_PALETTE
         self.heads = nn.ModuleDict({name: nn.Linear(width, len(own)) for name, own in classes.items()})
 
-    def forward(self, pictures: Tensor) -> dict[str, Tensor]:
+    def forward(self, pictures: Tensor, recoloured: Tensor | None = None) -> dict[str, Tensor]:
+        """recoloured: the pictures as the convolutions see them, where they are to learn shapes, not colours."""
         pictures = adaptive_avg_pool2d(pictures.clamp(-1, 1), self.config.side_px)
-        features = self.trunk(pictures)
+        features = self.trunk(pictures if recoloured is None else recoloured)
         if self.config.palette:
             counts = colour_histogram(pictures, self.config.palette).log1p()
             seen = self.palette(layer_norm(counts, counts.shape[1:]).to(features))
