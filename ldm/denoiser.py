@@ -233,6 +233,10 @@ class Denoiser(nn.Module):
         shares = torch.cat([self.gaps.new_zeros(1), self.gaps.softmax(0).cumsum(0)]).double()
         return NoiseSchedule(self._given.config, first + (last - first) * shares.clamp(max=1))
 
+    def draw_t(self, u: Tensor) -> Tensor:
+        """`NoiseSchedule.draw_t`, which of a learned schedule does not change as it is learned."""
+        return self._given.draw_t(u)
+
     def forward(self, x_t: Tensor, t: Tensor, cond: Conditioning) -> Prediction:
         """x0 and eps for x_t; x0 is clipped if the config says so, and eps follows it."""
         return self.clip(self.predict(x_t, t, cond), x_t, t)

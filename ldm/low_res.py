@@ -187,7 +187,7 @@ def _reduce(planes: Tensor, scale: int, kernel: Kernel) -> Tensor:
 
 def _blur(planes: Tensor, sigma: float) -> Tensor:
     reach = math.ceil(3 * sigma)
-    at = torch.arange(-reach, reach + 1, dtype=torch.float32)
+    at = torch.arange(-reach, reach + 1, dtype=torch.float32, device=planes.device)
     weights = torch.exp(-(at**2) / (2 * sigma**2))
     weights = (weights / weights.sum()).repeat(planes.shape[1], 1, 1, 1)
     padded = pad(planes, [reach] * 4, mode="replicate")

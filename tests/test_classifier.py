@@ -85,6 +85,17 @@ def test_a_shift_moves_the_picture_by_no_more_than_it_says(task: ClassifierTask)
     assert moved.max() > 0.5
 
 
+def test_mirrored_pictures_are_the_share_that_was_asked_for(task: ClassifierTask) -> None:
+    indices = list(range(64))
+    found = augment(batch_of(task.cache, indices), 32, replace(STILL, mirror=0.5))
+    still = augment(batch_of(task.cache, indices), 32, STILL)
+    mirrored = [bool(torch.equal(a, b.flip(-1))) for a, b in zip(found, still, strict=True)]
+    kept = [bool(torch.equal(a, b)) for a, b in zip(found, still, strict=True)]
+    assert all(m or k for m, k in zip(mirrored, kept, strict=True))
+    assert 16 < sum(mirrored) < 48
+    assert 16 < sum(kept) < 48
+
+
 def test_a_picture_is_varied_alike_in_any_company(task: ClassifierTask) -> None:
     mix = load(RunConfig, ROOT / "configs/emoji/judge.yaml").augmentation
     together = augment(batch_of(task.cache, [3, 4, 5]), 32, mix)

@@ -66,6 +66,11 @@ class AutoencoderModule(StepModule):
         self.config = config
         self.frozen = Perception(Features() if config.perceptual else None)
 
+    @property
+    def networks(self) -> list[nn.Module]:
+        own: Any = self.codec.autoencoder
+        return [own.encoder, own.decoder]
+
     def prepare(self, batch: Batch) -> tuple[Tensor, Tensor]:
         side = self.config.crop_px // self.codec.config.factor
         return training_squares(batch, self.config), batch.normal((self.codec.config.latent_channels, side, side))

@@ -35,15 +35,18 @@ TOP = 5
 class AugmentationConfig(Config):
     """How pictures are varied, each draw uniform: scaled by 1 - zoom to 1 + zoom, turned by `degrees` to both sides,
     moved by the share `shift` of their side, brightness, contrast and saturation changed by `colour`, all on white;
-    then shrunk to the classifier's size by `degradation`."""
+    the share `mirror` of them mirrored left to right; then shrunk to the classifier's size by `degradation`."""
 
     zoom: float = 0.15
     degrees: float = 10.0
     shift: float = 0.08
     colour: float = 0.15
+    mirror: float = 0.0
     degradation: DegradationConfig = DegradationConfig()
 
     def __post_init__(self) -> None:
+        if not 0 <= self.mirror <= 1:
+            raise ValueError(f"mirror is a share, from 0 to 1, not {self.mirror:g}")
         if not (0 <= self.zoom < 1 and 0 <= self.shift < 1 and 0 <= self.colour < 1 and 0 <= self.degrees <= 180):
             raise ValueError("zoom, shift and colour are shares, from 0 to below 1, and degrees from 0 to 180")
 
@@ -88,6 +91,10 @@ class ClassifierModule(StepModule):
         super().__init__()
         self.classifier, self.config = classifier, config
 
+    @property
+    def networks(self) -> list[nn.Module]:
+        return [self.classifier.trunk]
+
     def prepare(self, batch: Batch) -> tuple[Tensor, Tensor | None, dict[str, Tensor]]:
         pictures = augment(batch, self.config.classifier.side_px, self.config.augmentation)
         recoloured = vary_colours(pictures, batch, self.config.recolour).clamp(-1, 1) if self.config.recolour else None
@@ -115,6 +122,8 @@ def cross_entropies(found: dict[str, Tensor], wanted: dict[str, Tensor], smoothi
 def augment(batch: Batch, side_px: int, config: AugmentationConfig) -> Tensor:
     """The batch's pictures, varied: (B, 3, side_px, side_px) in [-1, 1]."""
     pictures = planes(batch.stored())
+    if config.mirror:
+        pictures = torch.where((batch.uniform() < config.mirror).view(-1, 1, 1, 1), pictures.flip(-1), pictures)
     u = _signed(batch, 4)
     scale, angle = 1 + config.zoom * u[0], math.radians(config.degrees) * u[1]
     cos, sin = torch.cos(angle) / scale, torch.sin(angle) / scale

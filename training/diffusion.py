@@ -159,6 +159,10 @@ class DiffusionModule(StepModule):
         encodes = frozen.inpainting or frozen.low_res is not None
         self.ahead = frozen.codec.autoencoder is None or not encodes
 
+    @property
+    def networks(self) -> list[nn.Module]:
+        return [self.denoiser.net]
+
     def prepare(self, batch: Batch) -> DiffusionInputs:
         return diffusion_inputs(batch, self.denoiser, self.frozen)
 
@@ -292,7 +296,8 @@ def evaluation_inputs(cache: Cache | Online, indices: Sequence[int], frozen: Fro
         pictures = planes(stored)
         hole = torch.zeros_like(pictures[:, :1])
         hole[..., hole.shape[-1] // 2 :] = 1  # the right half
-        known = condition_known(pictures, hole, frozen.codec, frozen.normalisation)
+        device = frozen.codec.device
+        known = condition_known(pictures.to(device), hole.to(device), frozen.codec, frozen.normalisation).cpu()
         cond = cond.join(Conditioning(known=known))
     if frozen.low_res is not None and small is not None:
         level = torch.zeros(len(indices), dtype=torch.float64)

@@ -10,7 +10,7 @@ from typing import Any, Literal, Protocol, cast
 
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
-from accelerate.utils import broadcast
+from accelerate.utils import AutocastKwargs, broadcast
 from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
@@ -20,6 +20,7 @@ from training import checkpoint
 from training.cache import Cache
 from training.checkpoint import Snapshot
 from training.ema import Ema, EmaConfig
+from training.graphs import record
 from training.loader import BatchOrder, Prepared, StepModule, prepared
 from training.log import TrackerName
 from training.online import Online
@@ -49,6 +50,7 @@ class LoopConfig(Config):
     all processes, `hybrid` over those of each machine. memory_format `auto` measures both layouts once. compile:
     the repeated blocks, by torch.compile. process_timeout_s: how long processes wait for one another. workers: other
     processes that read and draw batches ahead, of each process, which a GPU needs to be kept busy; 0 for none.
+    cuda_graphs: record the networks' passes once and replay them, for networks too small to keep a GPU busy.
     """
 
     images: int
@@ -67,6 +69,7 @@ class LoopConfig(Config):
     trackers: tuple[TrackerName, ...] = ("tensorboard",)
     process_timeout_s: int = 1800
     workers: int = 0
+    cuda_graphs: bool = False
 
     def __post_init__(self) -> None:
         if not 1 <= self.batch <= 1_000_000 or self.accumulation < 1 or self.batch % self.accumulation:
@@ -78,6 +81,9 @@ class LoopConfig(Config):
         for name in ("log_every_images", "preview_every_images", "save_every_images", "process_timeout_s"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1")
+        if self.cuda_graphs and (self.accumulation > 1 or self.compile or self.activation_checkpointing
+                                 or self.sharding != "none"):  # fmt: skip
+            raise ValueError("cuda_graphs work without accumulation, compile, activation_checkpointing and sharding")
         if not 0 <= self.workers <= 1024:
             raise ValueError(f"workers must be from 0 to 1024, not {self.workers}")
         if self.processes is not None and self.processes < 1:
@@ -216,10 +222,11 @@ def start(task: Task, config: LoopConfig, optim: OptimConfig, ema: EmaConfig, se
 
     Raises UserError where `resume` does not allow what is there, and where the launch does not fit the config.
     """
-    plain = [DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)]
+    handlers = [DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True),
+                AutocastKwargs(cache_enabled=not config.cuda_graphs)]  # fmt: skip
     accelerator = Accelerator(
         cpu=process_state().device.type == "cpu", mixed_precision=config.mixed_precision,
-        gradient_accumulation_steps=config.accumulation, kwargs_handlers=plain,
+        gradient_accumulation_steps=config.accumulation, kwargs_handlers=handlers,
     )  # fmt: skip
     check_precision(config, accelerator.device)
     world = accelerator.num_processes
@@ -227,6 +234,9 @@ def start(task: Task, config: LoopConfig, optim: OptimConfig, ema: EmaConfig, se
         raise UserError(
             f"loop.batch {config.batch} is not a multiple of {world} processes x {config.accumulation} accumulation"
         )
+    if config.cuda_graphs and (accelerator.device.type != "cuda" or world > 1 or not task.module.networks):
+        raise UserError("loop.cuda_graphs: they are of one process on a CUDA GPU, and not of every kind of run; set "
+                        "loop.cuda_graphs=false")  # fmt: skip
     if config.workers and not (task.module.ahead and isinstance(task.cache, Cache)):
         raise UserError(f"loop.workers {config.workers}: this run encodes pictures as it trains, which only the "
                         "process that trains can do. Set loop.workers=0")  # fmt: skip
@@ -239,6 +249,8 @@ def start(task: Task, config: LoopConfig, optim: OptimConfig, ema: EmaConfig, se
     module = module.to(memory_format=plan.torch_format)
     averages = Ema(module, ema)
     template = copy.deepcopy(averages.module) if over is not None and accelerator.is_main_process else None
+    if config.cuda_graphs:
+        record(module, module.prepare(trial), accelerator.autocast)
     if over is not None:
         for each in (module, *averages.averages.values()):
             shard(each, over, config.mixed_precision == "bf16")

@@ -61,10 +61,15 @@ class Batch:
 class StepModule(nn.Module, ABC):
     """Networks with their training step: `module(module.prepare(batch))` is a StepResult.
 
-    ahead: whether `prepare` needs no network, so that it can be done before its turn, by another process.
+    ahead: whether `prepare` needs no network, so that it can be done before its turn, by another process. networks:
+    those that a step calls once each, on tensors of the same shapes at every step.
     """
 
     ahead = True
+
+    @property
+    def networks(self) -> list[nn.Module]:
+        return []
 
     @abstractmethod
     def prepare(self, batch: Batch) -> Any:

@@ -147,7 +147,7 @@ class SequencesModule(StepModule):
         x0 = batch.stored()
         eps = batch.normal(tuple(x0.shape[1:])).to(x0)
         u = (torch.tensor(batch.places, dtype=torch.float64) + batch.uniform()) / batch.global_size
-        return x0, eps, self.denoiser.schedule.draw_t(u)
+        return x0, eps, self.denoiser.draw_t(u)
 
     def forward(self, inputs: tuple[Tensor, Tensor, Tensor]) -> StepResult:
         x0, eps, t = inputs

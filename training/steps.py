@@ -168,7 +168,7 @@ def diffusion_inputs(batch: Batch, denoiser: Denoiser, frozen: Frozen) -> Diffus
     eps = batch.normal(tuple(x0.shape[1:]))
     u = (torch.tensor(batch.places, dtype=torch.float64) + batch.uniform()) / batch.global_size
     rest = 1 - frozen.last  # of a batch, u spreads over [0, 1) evenly
-    t = torch.where(u < rest, denoiser.schedule.draw_t((u / max(rest, 1e-9)).clamp(max=1 - 1e-9)), 1.0)
+    t = torch.where(u < rest, denoiser.draw_t((u / max(rest, 1e-9)).clamp(max=1 - 1e-9)), 1.0)
     text = batch.cache.text([c[k] for c, k in zip(captions, chosen, strict=True)])
     cond = text.where(batch.uniform() >= frozen.dropout, frozen.null)
     if frozen.low_res is not None and small is not None:
