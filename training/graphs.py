@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 
 from training.loader import StepModule
 
@@ -22,10 +22,11 @@ def record(module: StepModule, inputs: Any, autocast: Any) -> None:
 
     Copies of the module must be taken before; outside training the networks work as they did.
     """
-    calls: dict[nn.Module, tuple[tuple[Any, ...], dict[str, Any]]] = {}
+    calls: dict[nn.Module, Any] = {}
 
     def note(network: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        calls[network] = args, kwargs
+        # without its history, which would keep the step alive on a stream that recording may not touch
+        calls[network] = tree_map_only(Tensor, lambda x: x.detach().requires_grad_(x.requires_grad), (args, kwargs))
 
     hooks = [network.register_forward_pre_hook(note, with_kwargs=True) for network in module.networks]
     with autocast():
@@ -55,7 +56,7 @@ class _Flat(nn.Module):
         return tuple(out)
 
 
-def _record_one(network: nn.Module, given: tuple[tuple[Any, ...], dict[str, Any]]) -> None:
+def _record_one(network: nn.Module, given: Any) -> None:
     leaves, spec = tree_flatten(given)
     places = [k for k, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
     flat = _Flat(network, leaves, spec, places)

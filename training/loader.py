@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import signal
 from abc import ABC, abstractmethod
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from torch.utils.data import DataLoader, Dataset
 from ldm.draws import keyed_generator
 from training.cache import Cache
 from training.online import Online
+from training.stop import SIGNALS
 
 
 @lru_cache(maxsize=2)
@@ -129,5 +131,11 @@ def prepared(wanted: BatchOrder, module: StepModule, steps: int, workers: int = 
         yield from (made[number] for number in range(steps))
         return
     # forked: they share the mapped caches, and need nothing of the GPU
-    yield from DataLoader(made, batch_size=None, sampler=range(steps), num_workers=workers,
+    yield from DataLoader(made, batch_size=None, sampler=range(steps), num_workers=workers, worker_init_fn=_endure,
                           multiprocessing_context="fork")  # fmt: skip
+
+
+def _endure(_: int) -> None:
+    """Outlive the signals that stop a run, which schedulers send to all its processes: its own one ends it in order."""
+    for which in SIGNALS:
+        signal.signal(which, signal.SIG_IGN)

@@ -77,7 +77,8 @@ def choose_format(module: StepModule, batch: Batch, accelerator: Accelerator, co
     seconds = {}
     for name in wanted:
         module.to(memory_format=FORMATS[name])
-        seconds[name] = _trial(module, batch, accelerator) * config.batch / (len(batch) * accelerator.num_processes)
+        share = len(batch) * accelerator.num_processes / config.batch
+        seconds[name] = _trial(module, batch, accelerator, config.workers > 0) / share
     module.to(memory_format=torch.contiguous_format)
     best = torch.tensor(min(range(len(wanted)), key=lambda i: seconds[wanted[i]]), device=accelerator.device)
     if accelerator.num_processes > 1:
@@ -89,13 +90,15 @@ def choose_format(module: StepModule, batch: Batch, accelerator: Accelerator, co
     return plan
 
 
-def _trial(module: StepModule, batch: Batch, accelerator: Accelerator) -> float:
-    """Seconds of one preparation, forward and backward pass; gradients are thrown away."""
+def _trial(module: StepModule, batch: Batch, accelerator: Accelerator, ahead: bool) -> float:
+    """Seconds of one forward and backward pass, and unless it is done ahead the preparation; gradients are thrown
+    away."""
     best = float("inf")
+    inputs = module.prepare(batch) if ahead else None
     for _ in range(TRIAL_STEPS):
         began = time.perf_counter()
         with accelerator.autocast():
-            losses = module(module.prepare(batch)).losses
+            losses = module(module.prepare(batch) if inputs is None else inputs).losses
         sum(losses[1:], losses[0]).backward()
         if accelerator.device.type == "cuda":
             torch.cuda.synchronize()
