@@ -16,11 +16,12 @@ import torch
 from ldm.config import UserError
 from ldm.models.classifier import Classifier, ClassifierConfig
 from ldm.models.clip import Clip, ClipConfig, build_clip
-from ldm.weights import save_classifier, save_clip
+from ldm.weights import load_classifier, save_classifier, save_clip
 from pipelines.cascade import load_cascade
 from tests.tiny import EMOJI
 from tests.tiny_text import tiny_bert
 from training import judging, picture_report
+from training.classifier import classify
 from training.data import DataConfig, Reader
 from training.features import Features
 from training.judging import Asked, asked_of, check_judge, nearest_captions, resized, shares, verdicts
@@ -68,6 +69,22 @@ def test_verdicts_are_what_the_logits_say(monkeypatch: pytest.MonkeyPatch) -> No
     told = shares(found, wanted)
     assert told["concept_top5"].value == pytest.approx(0.6)
     assert told["concept_top5"].low <= 0.6 <= told["concept_top5"].high
+
+
+def test_a_judge_of_more_designs_tells_apart_those_of_the_data(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    judge = Classifier(SHAPE, {"cluster": ("a", "b"), "style": ("else", "noto", "other", "twemoji")})
+    with torch.no_grad():
+        judge.heads["style"].bias.copy_(torch.tensor([9.0, 1, 9, 2]))
+    save_classifier(judge, tmp_path)
+    wanted = [asked("a", "noto"), asked("a", "twemoji")]
+    pictures = torch.zeros(2, 3, 32, 32)
+    assert verdicts(judge.eval(), pictures, wanted)["style"].tolist() == [0, 0]
+    narrow = judging.load_judge(tmp_path, wanted, {"noto", "twemoji", "unknown to it"})
+    assert narrow.classes == {"cluster": ("a", "b"), "style": ("noto", "twemoji")}
+    logits, all_logits = (classify(j, pictures)["style"] for j in (narrow, load_classifier(tmp_path)))
+    assert torch.equal(logits, all_logits[:, [1, 3]])
+    assert verdicts(narrow, pictures, wanted)["style"].tolist() == [0, 1]
 
 
 def test_prompts_are_captions_that_name_the_style() -> None:

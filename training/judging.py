@@ -8,17 +8,19 @@ have the right concept or the right style and, where the pair was held out, neve
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import avg_pool2d, interpolate
 
 from ldm.config import UserError
 from ldm.models.classifier import Classifier
 from ldm.text import TextEncoder
+from ldm.weights import load_classifier
 from training.classifier import TOP, among_first, classify, labels_of
 from training.quality import Estimate, Resampler
 
@@ -54,6 +56,26 @@ def asked_of(rows: Sequence[Any], captions: bool = True) -> list[Asked]:
         if named:
             found.append(Asked(named[0], row.key, row.fields))
     return found
+
+
+def load_judge(folder: str | Path, asked: Sequence[Asked], styles: Collection[str]) -> Classifier:
+    """A judge that has to tell apart the styles of this data set alone, of however many designs it was trained on."""
+    judge = load_classifier(folder)
+    check_judge(judge, asked)
+    keep = [k for k, name in enumerate(judge.classes[STYLE]) if name in styles]
+    old = judge.heads[STYLE]
+    assert isinstance(old, nn.Linear)
+    if keep:
+        head = nn.Linear(old.in_features, len(keep))
+        head.load_state_dict({"weight": old.weight[keep], "bias": old.bias[keep]})
+        judge.heads[STYLE] = head.to(old.weight).requires_grad_(False)
+        judge.classes = {**judge.classes, STYLE: tuple(judge.classes[STYLE][k] for k in keep)}
+    return judge
+
+
+def styles_of(rows: Sequence[Any]) -> set[str]:
+    """The styles that rows name."""
+    return {str(row.fields[STYLE]) for row in rows if STYLE in row.fields}
 
 
 def check_judge(judge: Classifier, asked: Sequence[Asked]) -> None:

@@ -21,7 +21,7 @@ from torch import Tensor
 from ldm.config import UserError, to_dict
 from ldm.models.clip import Clip
 from ldm.progress import advancing
-from ldm.weights import load_classifier, write_json
+from ldm.weights import write_json
 from pipelines.cascade import Cascade, load_cascade
 from pipelines.generate import check_out
 from pipelines.images import grid, save_png, to_uint8
@@ -29,7 +29,7 @@ from pipelines.stage import SamplingConfig
 from training.data import DataConfig, Reader
 from training.environment import environment, prepare_process
 from training.features import SHA256
-from training.judging import Asked, asked_of, check_judge, nearest_captions, shares, verdicts
+from training.judging import Asked, asked_of, load_judge, nearest_captions, shares, styles_of, verdicts
 from training.processes import process_state, together
 from training.quality import (
     Coverage,
@@ -174,8 +174,7 @@ def _read(reader: Reader, keys: Sequence[str]) -> Tensor:
 def _judged(folder: Path, cascade: Cascade, known: Reader, asked: list[Asked], every: list[Asked], drawn: Tensor,
             real: Tensor | None, reference: Seen, report: dict[str, Any]) -> Table:  # fmt: skip
     """Shares that the judge finds right: of the drawn pictures, of real ones, and of nearest captions' pictures."""
-    judge = load_classifier(folder)
-    check_judge(judge, asked)
+    judge = load_judge(folder, asked, styles_of(known.rows))
     train = asked_of(known.rows)
     near = nearest_captions(cascade.text, [a.prompt for a in asked], [a.prompt for a in train])
     stand_in = _read(known, [train[i].key for i in near])
@@ -192,8 +191,8 @@ def _judged(folder: Path, cascade: Cascade, known: Reader, asked: list[Asked], e
             lines[f"{name}, without flags"] = shares(fewer, [wanted[i] for i in kept])
     report["judge"] = plain(lines)
     return Table("Does it show what was asked? The judge's verdict, share of pictures", lines, percent=True,
-                 note="concept: the cluster of characters, among the judge's first five or first. 95% intervals over "
-                      "concepts.")  # fmt: skip
+                 note="concept: the cluster of characters, among the judge's first five or first; style: of those in "
+                      "this data. 95% intervals over concepts.")  # fmt: skip
 
 
 def _sets(own: Seen, real: Seen | None, reference: Seen, every: list[Asked], asked: list[Asked],

@@ -13,7 +13,7 @@ import torch
 
 from ldm.config import UserError, to_dict
 from ldm.models.classifier import Classifier
-from ldm.weights import load_classifier, write_json
+from ldm.weights import write_json
 from pipelines.cascade import Cascade, load_cascade
 from pipelines.generate import check_out
 from pipelines.images import grid, save_png, to_uint8
@@ -21,7 +21,7 @@ from pipelines.stage import SamplingConfig
 from training.boundary_report import settings_of
 from training.data import DataConfig, Reader
 from training.environment import environment, prepare_process
-from training.judging import Asked, check_judge, shares, verdicts
+from training.judging import Asked, load_judge, shares, styles_of, verdicts
 from training.picture_report import asked_in, drawn_of
 from training.processes import process_state, together
 from training.quality import Estimate, KernelDistance, Resampler
@@ -61,14 +61,13 @@ def evaluate(model: str | Path, data: str | Path, out: str | Path, swept: Sequen
     asked = asked_in(held, pictures)
     seeds = -(-pictures // len(asked))
     ordered = [(a, seed) for seed in range(seeds) for a in asked][:pictures]
-    verdict = None if judge is None else load_classifier(judge)
-    if verdict is not None:
-        check_judge(verdict, asked)
+    known = Reader(DataConfig(path=str(data), split="train", size_px=side))
+    verdict = None if judge is None else load_judge(judge, asked, styles_of(known.rows))
     eyes = Eyes.of(None, device)
     cells: list[Cell] = []
     shown = []
     with together():
-        reference = reference_of(Reader(DataConfig(path=str(data), split="train", size_px=side)), eyes, cache)
+        reference = reference_of(known, eyes, cache)
         for name, cascade in models.items():
             for sampling in settings[name]:
                 drawn = drawn_of(cascade, ordered, [sampling])
