@@ -237,7 +237,7 @@ def start(task: Task, config: LoopConfig, optim: OptimConfig, ema: EmaConfig, se
     if config.cuda_graphs and (accelerator.device.type != "cuda" or world > 1 or not task.module.networks):
         raise UserError("loop.cuda_graphs: they are of one process on a CUDA GPU, and not of every kind of run; set "
                         "loop.cuda_graphs=false")  # fmt: skip
-    if config.workers and not (task.module.ahead and isinstance(task.cache, Cache)):
+    if config.workers and (not task.module.ahead or isinstance(task.cache, Online)):
         raise UserError(f"loop.workers {config.workers}: this run encodes pictures as it trains, which only the "
                         "process that trains can do. Set loop.workers=0")  # fmt: skip
     found = _agree_on_checkpoint(run, resume, accelerator)
