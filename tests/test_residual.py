@@ -128,3 +128,14 @@ def test_statistics_are_kept_beside_the_cache(tiny: list[str]) -> None:
     drawn = torch.cat([diffusion_inputs(batch, task.module.denoiser, task.module.frozen).x0
                        for batch, _ in zip(BatchOrder(task.cache, 0, 0, 16, 16), range(6), strict=False)])  # fmt: skip
     assert drawn.std((0, 2, 3)).mean() == pytest.approx(1, abs=0.2)
+
+
+def test_a_base_learns_draws_of_the_posterior_or_its_means(tiny: list[str]) -> None:
+    found = {}
+    for posterior in ("draw", "mean"):
+        task = tiny_task("base", tiny, f"posterior={posterior}")
+        batch = next(iter(BatchOrder(task.cache, 0, 0, 8, 8)))
+        frozen = task.module.frozen
+        means = frozen.normalisation.apply(batch.stored().float().chunk(2, 1)[0])
+        found[posterior] = torch.equal(diffusion_inputs(batch, task.module.denoiser, frozen).x0, means)
+    assert found == {"draw": False, "mean": True}

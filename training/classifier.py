@@ -34,7 +34,7 @@ TOP = 5
 @dataclass(frozen=True)
 class AugmentationConfig(Config):
     """How pictures are varied, each draw uniform: scaled by 1 - zoom to 1 + zoom, turned by `degrees` to both sides,
-    moved by the share `shift` of their side, brightness, contrast and saturation changed by `colour`, all on white;
+    moved by the share `shift` of their side, colours changed by `colour` as `vary_colours` says, all on white;
     the share `mirror` of them mirrored left to right; then shrunk to the classifier's size by `degradation`."""
 
     zoom: float = 0.15
@@ -135,12 +135,15 @@ def augment(batch: Batch, side_px: int, config: AugmentationConfig) -> Tensor:
 
 
 def vary_colours(pictures: Tensor, batch: Batch, share: float) -> Tensor:
-    """Pictures (B, 3, H, W) with brightness, contrast and saturation changed by up to `share`, each by its own draw."""
-    bright, contrast, colourful = (u.view(-1, 1, 1, 1) * share for u in _signed(batch, 3))
+    """Pictures (B, 3, H, W) with brightness, contrast, saturation and, by half as much, the balance of the three
+    colours changed by up to `share`, each by its own draw."""
+    draws = _signed(batch, 6) * share
+    bright, contrast, colourful = draws[:3].view(3, -1, 1, 1, 1)
     grey: Tensor = pictures.mean(1, keepdim=True)
     pictures = grey + (pictures - grey) * (1 + colourful)
     mean = pictures.mean((1, 2, 3), keepdim=True)
-    varied: Tensor = mean + (pictures - mean) * (1 + contrast) + bright
+    balance = draws[3:].T.reshape(-1, 3, 1, 1) / 2
+    varied: Tensor = mean + (pictures - mean) * (1 + contrast) + bright + balance
     return varied
 
 

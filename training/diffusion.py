@@ -80,6 +80,8 @@ class DiffusionRun(StageRun):
     dropout: the share of items whose text is replaced by the null, for classifier-free guidance.
     low_res: null for a base; upscaling: read where it is not. last: see `Frozen`. inpainting: the network is told what
     is known around a random hole, which for some items is all of the picture; pixels are cached then, and encoded anew.
+    posterior: train on draws of the codec's posterior, or on its means: with a codec whose posterior is wide, a network
+    that learned the means makes latents free of that noise, and its own errors up to that size hardly show.
     """
 
     kind: Literal["diffusion"] = "diffusion"
@@ -98,6 +100,7 @@ class DiffusionRun(StageRun):
     upscaling: UpscalingConfig = UpscalingConfig()
     last: float = 0.0
     inpainting: bool = False
+    posterior: Literal["draw", "mean"] = "draw"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -193,7 +196,7 @@ class DiffusionTask:
             denoiser.net.load_state_dict(net.state_dict())
         unit = Normalisation(mean=(0.0,) * channels, std=(1.0,) * channels)
         frozen = Frozen(codec.module, unit, self.cache.null, config.dropout, config.low_res, config.upscaling,
-                        config.last, config.inpainting)  # fmt: skip
+                        config.last, config.inpainting, config.posterior)  # fmt: skip
         frozen = with_statistics(frozen, codec.digest, self.cache)
         self._stage = StageConfig(
             name=config.name,

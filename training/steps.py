@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -126,6 +126,7 @@ class Frozen:
 
     last: the share of items trained at t = 1 alone, where a network sees noise only and learns the mean of what it is
     asked for; with a share of 1, one step draws that. inpainting: whether the network is told what is known.
+    posterior: whether latents are draws of the codec's posterior or its means.
     """
 
     codec: LatentCodec
@@ -136,6 +137,7 @@ class Frozen:
     upscaling: UpscalingConfig = UpscalingConfig()
     last: float = 0.0
     inpainting: bool = False
+    posterior: Literal["draw", "mean"] = "draw"
 
     def __deepcopy__(self, memo: object) -> Frozen:
         """Itself: averages of a module share it."""
@@ -163,7 +165,8 @@ def diffusion_inputs(batch: Batch, denoiser: Denoiser, frozen: Frozen) -> Diffus
     crop = _crop(batch, side, frozen)
     # of cached latents the whole is drawn: its noise must not depend on the crop
     cells = crop.cells if stored.dtype == torch.uint8 else side
-    noise = batch.normal((frozen.codec.config.latent_channels, cells, cells)) if frozen.codec.autoencoder else None
+    drawn = frozen.codec.autoencoder is not None and frozen.posterior == "draw"
+    noise = batch.normal((frozen.codec.config.latent_channels, cells, cells)) if drawn else None
     x0 = frozen.normalisation.apply(raw_latents(stored, small, frozen, noise, crop))
     eps = batch.normal(tuple(x0.shape[1:]))
     u = (torch.tensor(batch.places, dtype=torch.float64) + batch.uniform()) / batch.global_size
