@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from ldm.config import UserError, load
-from ldm.models.classifier import Classifier, ClassifierConfig, colour_histogram
+from ldm.models.classifier import Classifier, ClassifierConfig, colour_histogram, start_from
 from ldm.weights import load_classifier, save_classifier
 from tests.tiny import EMOJI, ROOT
 from training.cache import Cache
@@ -182,9 +182,26 @@ def test_it_learns_and_starts_from_what_it_learnt(tmp_path: Path) -> None:
     assert isinstance(module, ClassifierModule)
     for name, value in load_classifier(final).state_dict().items():
         assert torch.equal(value, module.classifier.state_dict()[name])
-    other = load(RunConfig, ROOT / "configs/tiny/judge.yaml", [*shared, f"init={final}", "labels=[style]"])
-    with pytest.raises(UserError, match="of another shape or of other classes"):
+    deeper = [*shared, f"init={final}", "classifier.blocks=[1, 1, 1, 2]"]
+    other = load(RunConfig, ROOT / "configs/tiny/judge.yaml", deeper)
+    with pytest.raises(UserError, match="of another shape"):
         build_task(other)
+
+
+def test_it_starts_from_one_that_knows_other_classes_and_sizes() -> None:
+    """The trunk, and the rows of common classes, wherever they stand; new classes keep their own draws."""
+    torch.manual_seed(0)
+    released = Classifier(TINY, {"style": ("a", "b", "c")})
+    larger = Classifier(replace(TINY, side_px=64), {"style": ("b", "new", "a"), "cluster": ("x", "y")})
+    heads = {name: head.weight.clone() for name, head in larger.heads.items()}
+    start_from(larger, released)
+    for name, value in released.trunk.state_dict().items():
+        assert torch.equal(value, larger.trunk.state_dict()[name])
+    old, new = released.heads["style"], larger.heads["style"]
+    assert torch.equal(new.weight[[0, 2]], old.weight[[1, 0]])
+    assert torch.equal(new.bias[[0, 2]], old.bias[[1, 0]])
+    assert torch.equal(new.weight[1], heads["style"][1])
+    assert torch.equal(larger.heads["cluster"].weight, heads["cluster"])
 
 
 def test_colours_are_counted_where_they_lie() -> None:

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from ldm.denoiser import Prediction, Target
 from ldm.grids import uniform_grid
-from ldm.noise import per_item
+from ldm.noise import per_item, posterior
 from ldm.sampling import SAMPLERS, ddim, ddpm, dpmpp_2m
 from tests.trajectories import (
     PREDICTION_TYPE,
@@ -46,7 +46,7 @@ from tests.trajectories import (
 
 @pytest.mark.parametrize("kind", ["linear", "cosine"])
 @pytest.mark.parametrize("target", TARGETS)
-@pytest.mark.parametrize("variance", ["fixed_small", "fixed_large"])
+@pytest.mark.parametrize("variance", ["fixed_small", "fixed_small_log", "fixed_large"])
 @pytest.mark.parametrize("steps", [100, 30, 1])
 def test_ddpm_is_that_of_diffusers(
     monkeypatch: pytest.MonkeyPatch, kind: str, target: Target, variance: str, steps: int
@@ -55,7 +55,7 @@ def test_ddpm_is_that_of_diffusers(
 
     One difference: the last step of a respaced grid goes from k > 0 to clean data, and diffusers, which asks
     for k > 0 only, adds the noise of "fixed_large" to the finished sample. Ours returns x0, so the noise
-    shared for that step is zero.
+    shared for that step is zero. Left out: its "fixed_large_log", which takes the root of a logarithm below 0.
     """
     schedule = make(kind)
     grid = uniform_grid(steps, schedule)
@@ -73,6 +73,44 @@ def test_ddpm_is_that_of_diffusers(
     theirs = run_diffusers(lambda out, k, x: scheduler.step(out, k, x).prev_sample, timesteps(grid, schedule))
     mix = float(variance == "fixed_large")
     assert_same_path(run(ddpm, schedule, grid, target, shared, variance=mix), theirs)
+
+
+@pytest.mark.parametrize("kind", ["linear", "cosine"])
+@pytest.mark.parametrize("variance", ["learned_range", "learned"])
+@pytest.mark.parametrize("steps", [100, 30])
+def test_ddpm_with_a_learned_variance_is_that_of_diffusers(
+    monkeypatch: pytest.MonkeyPatch, kind: str, variance: str, steps: int
+) -> None:
+    """A network with channels for the variance: of a mix, and of the variance itself, which is the mix that gives it.
+    The noise of the last step is zero, as above."""
+    schedule = make(kind)
+    grid = uniform_grid(steps, schedule)
+    times = timesteps(grid, schedule)
+    scheduler = DDPMScheduler(num_train_timesteps=100, variance_type=variance, clip_sample=False)
+    give_tables(scheduler, schedule)
+    scheduler.set_timesteps(timesteps=times)
+    shared = [*noises(steps - 1), torch.zeros(SHAPE).double()]
+    for_diffusers, for_ours = iter(shared), iter(shared)
+    monkeypatch.setattr(scheduling_ddpm, "randn_tensor", lambda *_, **__: next(for_diffusers))
+
+    def step(out: Tensor, k: int, x: Tensor) -> Tensor:
+        said = torch.sin(3 * x)
+        said = said if variance == "learned_range" else 0.01 * (2 + said)
+        return scheduler.step(torch.cat([out, said], 1), k, x).prev_sample
+
+    seen: list[Tensor] = []
+    plain, after = predictor(schedule, "eps", seen), dict(itertools.pairwise(grid.tolist()))
+
+    def predict(x: Tensor, t: Tensor) -> Prediction:
+        mix = (torch.sin(3 * x) + 1) / 2
+        if variance == "learned":
+            s = t.new_full((len(t),), after[float(t[0])])
+            small, large = (posterior(schedule, x, x, t, s, m)[1] for m in (0.0, 1.0))
+            mix = ((0.01 * (2 + torch.sin(3 * x))).log() - small) / (large - small)
+        return plain(x, t)._replace(var_mix=mix)
+
+    final = ddpm(predict, gaussian(*SHAPE, seed=1), grid, lambda _: next(for_ours), schedule=schedule)
+    assert_same_path([*seen, final], run_diffusers(step, times))
 
 
 @pytest.mark.parametrize("kind", ["linear", "cosine"])

@@ -18,7 +18,7 @@ from torch.nn.functional import affine_grid, cross_entropy, grid_sample
 
 from ldm.config import Config, UserError
 from ldm.low_res import DegradationConfig, degrade
-from ldm.models.classifier import Classifier, ClassifierConfig
+from ldm.models.classifier import Classifier, ClassifierConfig, start_from
 from ldm.weights import load_classifier, save_classifier, write_json
 from pipelines.images import grid, save_png, to_uint8
 from training.cache import Cache
@@ -187,10 +187,11 @@ class ClassifierTask:
         torch.manual_seed(config.seed)
         classifier = Classifier(config.classifier, classes)
         if config.init is not None:
-            released = load_classifier(config.init)
-            if (released.config, released.classes) != (config.classifier, classes):
-                raise UserError(f"init: {config.init} is a classifier of another shape or of other classes")
-            classifier.load_state_dict(released.state_dict())
+            try:
+                start_from(classifier, load_classifier(config.init))
+            except ValueError:
+                raise UserError(f"init: {config.init} is a classifier of another shape: `classifier` may differ from "
+                                "its config.json in side_px alone") from None  # fmt: skip
         self.module = ClassifierModule(classifier, config)
         self._chosen = config.validation.chosen(self.held_out)
 

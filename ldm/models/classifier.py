@@ -4,7 +4,7 @@ count colours too."""
 from __future__ import annotations
 
 import itertools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -78,16 +78,39 @@ class Classifier(nn.Module):
 
 
 @torch.no_grad()
+def start_from(classifier: Classifier, released: Classifier) -> None:
+    """Give a classifier the weights of another one: the trunk's and, of its heads, the rows of the classes that both
+    know; the others stay as they are. The two may see pictures of different sizes.
+
+    Raises ValueError where their networks differ.
+    """
+    if replace(released.config, side_px=classifier.config.side_px) != classifier.config:
+        raise ValueError("another network")
+    weights = {name: value for name, value in released.state_dict().items() if not name.startswith("heads.")}
+    classifier.load_state_dict(weights, strict=False)
+    for label, classes in classifier.classes.items():
+        if label not in released.classes:
+            continue
+        old, new = released.heads[label], classifier.heads[label]
+        assert isinstance(old, nn.Linear)
+        assert isinstance(new, nn.Linear)
+        places = {name: k for k, name in enumerate(released.classes[label])}
+        common = [(k, places[name]) for k, name in enumerate(classes) if name in places]
+        ours, theirs = [k for k, _ in common], [k for _, k in common]
+        new.weight[ours], new.bias[ours] = old.weight[theirs], old.bias[theirs]
+
+
+@torch.no_grad()
 def colour_histogram(pictures: Tensor, levels: int) -> Tensor:
     """How many pixels of pictures (B, 3, H, W) in [-1, 1] have each of `levels`^3 colours, (B, levels^3); a pixel
     between them is shared among the eight around it, by trilinear weights."""
-    place = (pictures.float().flatten(2).transpose(1, 2) + 1) / 2 * (levels - 1)  # (B, N, 3)
+    place = (pictures.float().reshape(len(pictures), 3, -1) + 1) / 2 * (levels - 1)  # (B, 3, N), plane by plane
     low = place.floor().clamp(max=levels - 2)
     share = place - low
     counts = place.new_zeros(len(pictures), levels**3)
-    steps = place.new_tensor([levels**2, levels, 1])
+    steps = place.new_tensor([levels**2, levels, 1])[:, None]
     for corner in itertools.product((0, 1), repeat=3):
-        up = place.new_tensor(corner)
-        weight = torch.where(up > 0, share, 1 - share).prod(2)
-        counts.scatter_add_(1, ((low + up) * steps).sum(2).long(), weight)
+        up = place.new_tensor(corner)[:, None]
+        weight = torch.where(up > 0, share, 1 - share).prod(1)
+        counts.scatter_add_(1, ((low + up) * steps).sum(1).long(), weight)
     return counts
