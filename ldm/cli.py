@@ -267,6 +267,40 @@ def upscale(
         typer.echo(str(path))
 
 
+@app.command("import")
+def import_(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="A pipeline folder of diffusers.")],
+    out: Annotated[Path, typer.Argument(help="A new folder for the cascade.")],
+) -> None:
+    """Write a pipeline of diffusers (Stable Diffusion 1.x, 2.x, x4 upscaler) as a cascade folder, in float16."""
+    from pipelines.foreign import load_pipeline
+
+    cascade = load_pipeline(folder)
+    for line in cascade.notes:
+        tell(line)
+    cascade.save(out)
+    typer.echo(str(out))
+
+
+@app.command()
+def export(
+    model: Annotated[Path, typer.Argument(metavar="DIR", help="A cascade folder, or a pipeline of diffusers.")],
+    out: Annotated[Path, typer.Argument(help="A new folder.")],
+    to: Annotated[Literal["diffusers"], typer.Option(help="Whose layout.")] = "diffusers",
+    stage: Annotated[str | None, typer.Option(help="Which stage, of several.")] = None,
+    dtype: Annotated[Literal["float16", "float32"], typer.Option(help="Of the weights.")] = "float16",
+) -> None:
+    """Write a stage as a folder that the stock pipeline of diffusers loads."""
+    import torch
+
+    from pipelines.cascade import load_cascade
+    from pipelines.foreign import export_pipeline
+
+    cascade = load_cascade(model)
+    cascade = cascade if stage is None else cascade.only(stage)
+    typer.echo(str(export_pipeline(cascade, out, torch.float16 if dtype == "float16" else torch.float32)))
+
+
 def main() -> Any:
     """Run the command. Exit codes: 0 done, 1 failure, 2 wrong use, 3 interrupted and resumable."""
     try:

@@ -309,6 +309,14 @@ class Denoiser(nn.Module):
         found = self._mean_weights(t)
         return None if found is None else (per_item(found[0], x), per_item(found[1], x))
 
+    def _level_label(self, level: Tensor, like: Tensor) -> Tensor:
+        """What the network is told of the noise in small pictures: thousandths, or the place in its table, whose entry
+        k is of level (k + 1) / entries."""
+        entries = getattr(getattr(self.net, "config", None), "num_class_embeds", None)
+        if entries is None:
+            return (1000 * level).to(like)
+        return (level * entries - 1).round().long().clamp(0, entries - 1).to(like.device)
+
     def _run(self, x_t: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
         """The network's output for x_t, at least float32 whatever the precision of the network."""
         if self.config.input_scale == "unit":
@@ -326,7 +334,7 @@ class Denoiser(nn.Module):
             encoder_hidden_states=None if cond.text is None else cond.text.to(dtype),
             encoder_attention_mask=cond.text_mask,
             attention_mask=own,
-            class_labels=None if cond.level is None else (1000 * cond.level).to(x),
+            class_labels=None if cond.level is None else self._level_label(cond.level, x),
         ).sample
         return out.to(torch.promote_types(x_t.dtype, torch.float32))
 

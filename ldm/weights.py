@@ -150,12 +150,13 @@ def save_network(network: nn.Module, folder: Path, dtype: torch.dtype = torch.fl
     copied.save_pretrained(str(folder), safe_serialization=True)
 
 
-def read_json(path: Path) -> Any:
-    """The JSON content of a small text file. Raises UserError where it is missing or malformed."""
+def read_json(path: Path, infinite: bool = False) -> Any:
+    """The JSON content of a small text file, and with `infinite` what Python's own writer makes of infinities. Raises
+    UserError where it is missing or malformed."""
     try:
         if path.stat().st_size > MAX_HEADER_BYTES:
             raise UserError(f"{path}: too large for a config")
-        return json.loads(path.read_text(encoding="utf-8"), parse_constant=_refuse_constant)
+        return json.loads(path.read_text(encoding="utf-8"), parse_constant=float if infinite else _refuse_constant)
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from None
     except (ValueError, RecursionError) as error:

@@ -23,7 +23,6 @@ from torch import Tensor
 from ldm.conditioning import Conditioning
 from ldm.config import Config, UserError, apply_override, parse, to_dict
 from ldm.denoiser import Denoiser
-from ldm.grids import GRIDS
 from ldm.models.unet import build_unet
 from ldm.noise import NoiseSchedule
 from ldm.text import TextConfig, TextEncoder, load_text_encoder
@@ -70,6 +69,7 @@ class Cascade:
     text: TextEncoder
     digest: str = ""
     weak_digest: str = ""
+    notes: tuple[str, ...] = ()  # what a user should know of it
 
     @property
     def codec(self) -> Codec:
@@ -119,7 +119,7 @@ class Cascade:
                 raise UserError(f"{place}: guided network needs a weaker network: name its folder with --weak")
             try:
                 replace(stage.config, sampling=found[-1])
-                GRIDS[found[-1].grid](found[-1].steps, stage.denoiser.schedule)
+                found[-1].times(stage.denoiser.schedule)
             except ValueError as error:
                 raise UserError(f"{place}: {error}") from None
         return found
@@ -224,9 +224,13 @@ def check_chain(stages: Sequence[StageConfig]) -> None:
 
 
 def load_cascade(folder: str | Path, device: torch.device | str = "cpu") -> Cascade:
-    """Read a cascade folder. Raises UserError where it is not one, is damaged, or its parts do not belong
-    together."""
+    """Read a cascade folder, or a pipeline folder of diffusers. Raises UserError where it is neither, is damaged, or
+    its parts do not belong together."""
     folder = Path(folder)
+    if (folder / "model_index.json").is_file() and not (folder / "cascade.json").is_file():
+        from pipelines.foreign import load_pipeline  # here, because it makes cascades itself
+
+        return load_pipeline(folder, device)
     if not (folder / "cascade.json").is_file():
         check_weights_file(folder if folder.is_file() else folder / "cascade.json")
     config = parse(CascadeConfig, read_json(folder / "cascade.json"), str(folder / "cascade.json"))

@@ -98,7 +98,7 @@ def seed_of(seed: int, tell: Callable[[str], None]) -> int:
 def notes_of(cascade: Cascade, prompts: Sequence[str], negative: str, sampling: Sequence[SamplingConfig]) -> list[str]:
     """What a user should know of a request before it is drawn."""
     asked = [*prompts, negative] if negative else prompts
-    notes = [line for prompt in asked for line in prompt_notes(cascade, prompt)]
+    notes = [*cascade.notes, *(line for prompt in asked for line in prompt_notes(cascade, prompt))]
     if negative and all(options.guidance == 1 for options in sampling):
         notes.append("the negative prompt is not used: there is no guidance at 1")
     return notes

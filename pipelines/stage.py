@@ -21,8 +21,8 @@ from torch.nn.functional import pad
 from ldm.conditioning import Conditioning
 from ldm.config import Config, to_dict
 from ldm.denoiser import Denoiser, DenoiserConfig, Prediction, check_together
-from ldm.draws import keyed_generator
-from ldm.grids import GRIDS
+from ldm.draws import Draws
+from ldm.grids import GRIDS, to_first_step
 from ldm.guidance import Autoguidance, ClassifierFreeGuidance, Denoises, GuidanceInterval, Update, UpdateConfig
 from ldm.inpainting import condition_known, holed_cells, repaint, without_hole
 from ldm.latents import Normalisation
@@ -37,7 +37,9 @@ MAX_STEPS = 1000
 MAX_SIDE_PX = 65_536
 MAX_GUIDANCE = 100.0
 OVERLAP = 0.25  # of a tile, at least
-_OF_SAMPLERS = {"variance": ("ddpm",), "eta": ("ddim",), "churn": ("euler", "heun")}
+_MULTISTEP = ("dpmpp_2m", "dpmpp_2m_sde", "unipc")
+_BY_SIGMA = ("euler", "heun")
+_OF_SAMPLERS = {"variance": ("ddpm",), "eta": ("ddim",), "churn": _BY_SIGMA}
 OnStep = Callable[[int, int], None]
 Steering = Callable[[Denoises, Sequence[int]], Denoises]  # a guided denoiser, and which of the pictures it is to draw
 
@@ -48,14 +50,15 @@ class SamplingConfig(Config):
     names, the text, an SR stage's small picture, or both; or of autoguidance against the stage's weaker network.
     update: how it is applied. level: of the noise added to the small picture.
 
-    grid: what times are evenly spaced in: t, log-SNR, or a power of sigma / alpha (`ldm.grids.GRIDS`).
+    grid: what times are evenly spaced in: t, log-SNR, or a power of sigma / alpha; or the steps of diffusers' "leading"
+    spacing, `offset` from the first, or of "linspace" (`ldm.grids.GRIDS`); to the schedule's first step unless `clean`.
     variance: of ddpm's steps, from the posterior's (0) to the forward step's (1), where the network learned none; eta:
     of ddim; churn: of euler and heun. rows: pictures per network call, whatever the batch: other shapes give other
     last bits.
     """
 
     sampler: Literal["ddpm", "ddim", "euler", "heun", "dpmpp_2m", "dpmpp_2m_sde", "unipc"] = "dpmpp_2m"
-    grid: Literal["uniform", "log_snr", "karras"] = "uniform"
+    grid: Literal["uniform", "log_snr", "karras", "leading", "linspace"] = "uniform"
     steps: int = 20
     guidance: float = 3.0
     rows: int = 4
@@ -64,6 +67,8 @@ class SamplingConfig(Config):
     variance: float = 0.0
     eta: float = 0.0
     churn: float = 0.0
+    offset: int = 0
+    clean: bool = True
     update: UpdateConfig = UpdateConfig()
 
     def __post_init__(self) -> None:
@@ -81,6 +86,17 @@ class SamplingConfig(Config):
         for name, own in _OF_SAMPLERS.items():
             if getattr(self, name) and self.sampler not in own:
                 raise ValueError(f"{name} is of {' and '.join(own)}; {self.sampler} has none")
+
+        if not 0 <= self.offset < 100 or (self.offset and self.grid != "leading"):
+            raise ValueError("offset is of the leading grid, a few steps at most")
+
+    def times(self, schedule: NoiseSchedule) -> Tensor:
+        """The grid of times. Raises ValueError where the schedule has not the steps for it."""
+        more = {}
+        if self.grid == "leading":  # multistep solvers leave out the step that would be the last
+            more = {"offset": self.offset, "extra": int(self.sampler in _MULTISTEP)}
+        grid = GRIDS[self.grid](self.steps, schedule, **more)
+        return grid if self.clean else to_first_step(grid, schedule)
 
     @property
     def options(self) -> dict[str, float]:
@@ -110,7 +126,8 @@ class StageConfig(Config):
     """stage.json: everything but the weights. The digests say which codec and text encoder it was trained with.
 
     codec: the folder of its codec in the cascade. low_res: None for a base. inpainting: whether the network is told
-    what is known around a hole (`ldm.inpainting.condition_known`).
+    what is known around a hole (`ldm.inpainting.condition_known`). noise: keyed by purpose, or drawn in order as
+    diffusers' pipelines draw it (`ldm.draws.Draws`).
     """
 
     name: str
@@ -127,6 +144,7 @@ class StageConfig(Config):
     codec: str = "codec"
     low_res: LowResConfig | None = None
     inpainting: bool = False
+    noise: Literal["keyed", "in_order"] = "keyed"
 
     def __post_init__(self) -> None:
         if not (self.name.isidentifier() and self.codec.isidentifier()):
@@ -183,7 +201,7 @@ class Stage:
     def settings(self, sampling: SamplingConfig) -> dict[str, Any]:
         """What of a sampling decides its pictures, as plain data."""
         found = to_dict(sampling)
-        for name in ("update", *_OF_SAMPLERS):
+        for name in ("update", "offset", "clean", *_OF_SAMPLERS):
             if getattr(sampling, name) == getattr(SamplingConfig(), name):
                 del found[name]
         if self.config.low_res is None:
@@ -239,13 +257,14 @@ class Stage:
             own = [seeds[i] for i in index.tolist()]
             small = None if low_res is None else low_res[index].to(self.device)
             edited = None if edit is None else edit[index]
-            bound, against = self._bind(cond[index], null, own, sampling, grid, small)
+            draws = self._draws(own)
+            bound, against = self._bind(cond[index], null, draws, sampling, grid, small)
             if self.config.inpainting:
                 known = self._known(edited, len(own), grid)
                 bound, against = bound.join(known), against.join(known)
             guided = self._guided(sampling, against, Update(sampling.update))
             predict = partial(guided if steer is None else steer(guided, index.tolist()), cond=bound)
-            raw = self.config.normalisation.invert(self._run(predict, own, sampling, grid, on_step, edited))
+            raw = self.config.normalisation.invert(self._run(predict, draws, sampling, grid, on_step, edited))
             config = self.config.low_res
             if small is not None and config is not None and config.residual:
                 enlarged = codec.encode(enlarge(small, config.scale)).chunk(2, 1)[0]
@@ -258,7 +277,8 @@ class Stage:
                on_step: OnStep | None) -> Tensor:  # fmt: skip
         codec, small = self.codec.module, low_res.to(self.device)
         blend = partial(blended, where=self.tiles(*grid), height=grid[0], width=grid[1], rows=sampling.rows)
-        bound, against = self._bind(cond, null, [seed], sampling, grid, small)
+        draws = self._draws([seed])
+        bound, against = self._bind(cond, null, draws, sampling, grid, small)
 
         # each step makes the same calls, and momentum is of a call's tiles
         updates: dict[tuple[Window, ...], Update] = defaultdict(lambda: Update(sampling.update))
@@ -271,7 +291,7 @@ class Stage:
 
             return Prediction(*blend(work).chunk(2, 1))
 
-        raw = self.config.normalisation.invert(self._run(predict, [seed], sampling, grid, on_step))
+        raw = self.config.normalisation.invert(self._run(predict, draws, sampling, grid, on_step))
         if config.residual:
             large, factor = enlarge(small, config.scale), codec.config.factor
             enlarged = blend(lambda w: codec.encode(torch.cat([i.of(large, factor) for i in w])).chunk(2, 1)[0])
@@ -290,7 +310,10 @@ class Stage:
         low, high = sampling.update.interval
         return guided if (low, high) == (0, 1) else GuidanceInterval(guided, low, high)
 
-    def _bind(self, cond: Conditioning, null: Conditioning, seeds: Sequence[int], sampling: SamplingConfig,
+    def _draws(self, seeds: Sequence[int]) -> Draws:
+        return Draws(seeds, self.config.name, self.config.noise == "in_order")
+
+    def _bind(self, cond: Conditioning, null: Conditioning, draws: Draws, sampling: SamplingConfig,
               grid: tuple[int, int], low_res: Tensor | None) -> tuple[Conditioning, Conditioning]:  # fmt: skip
         """What the network is told of each picture, and what guidance holds against it."""
         text = cond.to(self.device)
@@ -298,8 +321,8 @@ class Stage:
         config, factor = self.config.low_res, self.codec.module.config.factor
         if config is None or low_res is None:
             return text, no_text
-        eps = self._noise("low_res", seeds, (config.channels(factor), *grid))
-        levels = torch.full((len(seeds),), sampling.level, dtype=torch.float64)
+        eps = draws.normal("low_res", (config.channels(factor), *grid)).to(self.device)
+        levels = torch.full((len(draws.seeds),), sampling.level, dtype=torch.float64)
         small, nothing = (
             Conditioning(low_res=condition_low_res(pictures, level, eps, config, factor), level=level)
             for pictures, level in (
@@ -322,44 +345,42 @@ class Stage:
         pictures, hole = edit.pictures.to(self.device), edit.hole.to(self.device)
         return Conditioning(known=condition_known(pictures, hole, codec, self.config.normalisation))
 
-    def _run(self, predict: Callable[[Tensor, Tensor], Prediction], seeds: Sequence[int], sampling: SamplingConfig,
+    def _run(self, predict: Callable[[Tensor, Tensor], Prediction], draws: Draws, sampling: SamplingConfig,
              grid: tuple[int, int], on_step: OnStep | None, edit: Edit | None = None) -> Tensor:  # fmt: skip
         """Normalised latents (B, C, h, w)."""
-        generators = [keyed_generator(seed, self.config.name, "sampler") for seed in seeds]
 
         def noise(like: Tensor) -> Tensor:
-            return torch.stack([torch.randn(like.shape[1:], generator=g) for g in generators]).to(like)
+            return draws.normal("sampler", like.shape[1:]).to(like)
 
         schedule = self.denoiser.schedule
         times = self.times(sampling, edit)
-        start = self._noise("start", seeds, (self.config.latent_channels, *grid))
+        start = draws.normal("start", (self.config.latent_channels, *grid)).to(self.device)
         if edit is not None:
             factor = self.codec.module.config.factor
             pictures = edit.pictures if edit.hole is None else without_hole(edit.pictures, edit.hole)
             moments = self.codec.module.encode(pictures.to(self.device))
             known = self.config.normalisation.apply(moments.chunk(2, 1)[0])
-            x = schedule.add_noise(known, start, times[:1].expand(len(seeds)))
+            x = schedule.add_noise(known, start, times[:1].expand(len(start)))
             if edit.hole is not None and not self.config.inpainting:
                 hole = holed_cells(edit.hole, factor).to(self.device)
                 return repaint(predict, x, times, noise, schedule=schedule, known=known, hole=hole,
                                resamples=edit.resamples, variance=sampling.variance, on_step=on_step)  # fmt: skip
         else:
-            x = schedule.alpha_sigma(times[:1])[1].float().to(self.device) * start
+            alpha, sigma = schedule.alpha_sigma(times[:1])
+            if self.config.noise == "in_order" and (sampling.grid == "leading" or sampling.sampler not in _BY_SIGMA):
+                sigma = (alpha**2 + sigma**2).sqrt()  # so diffusers begins
+            x = sigma.float().to(self.device) * start
         sampler: Any = SAMPLERS[sampling.sampler]
         drawn: Tensor = sampler(predict, x, times, noise, schedule=schedule, on_step=on_step, **sampling.options)
         return drawn
 
     def times(self, sampling: SamplingConfig, edit: Edit | None = None) -> Tensor:
         """The sampler's grid, of an edit what of it is at most its strength. ValueError where no step is left."""
-        times = GRIDS[sampling.grid](sampling.steps, self.denoiser.schedule)
+        times = sampling.times(self.denoiser.schedule)
         kept = times if edit is None else times[times <= edit.strength + 1e-9]
         if len(kept) < 2:
             raise ValueError(f"strength must be at least {float(times[-2]):.3g} with {sampling.steps} steps")
         return kept
-
-    def _noise(self, purpose: str, seeds: Sequence[int], shape: tuple[int, ...]) -> Tensor:
-        draws = [torch.randn(shape, generator=keyed_generator(s, self.config.name, purpose)) for s in seeds]
-        return torch.stack(draws).to(self.device)
 
 
 def _cut(cond: Conditioning, tiles: Sequence[Window]) -> Conditioning:

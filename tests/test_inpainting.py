@@ -90,6 +90,24 @@ def test_without_a_known_part_it_is_ancestral_sampling() -> None:
     torch.testing.assert_close(*results)
 
 
+def test_the_surroundings_have_the_noise_of_their_time() -> None:
+    """q(x_s | x0) around the hole, which noise of a known size shows."""
+    known = torch.tensor([0.7, 5.0], dtype=torch.float64).view(1, 1, 1, 2)
+    hole = torch.tensor([0.0, 1.0]).view(1, 1, 1, 2)
+    seen: list[tuple[float, float]] = []
+
+    def watched(x: Tensor, t: Tensor) -> Prediction:
+        seen.append((float(t[0]), float(x[0, 0, 0, 0])))
+        return predict(x, t)
+
+    grid = uniform_grid(5, SCHEDULE)
+    repaint(watched, known, grid, torch.ones_like, schedule=SCHEDULE, known=known, hole=hole, resamples=1)
+    for time, value in seen[1:]:
+        alpha, sigma = (float(c) for c in SCHEDULE.alpha_sigma(torch.tensor(time)))
+        assert value == pytest.approx(alpha * 0.7 + sigma, abs=1e-9)
+    assert [time for time, _ in seen] == grid[:-1].tolist()
+
+
 def test_no_resample_is_refused() -> None:
     x, grid = torch.zeros(1, 1, 1, 2), uniform_grid(5, SCHEDULE)
     with pytest.raises(ValueError, match="at least 1"):

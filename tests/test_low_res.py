@@ -151,8 +151,8 @@ class TestOneFunction:
         text = Conditioning(*task._text.encode(["a cat", "a dog"]))
         for guided, level in (("text", 0.0), ("text", 0.4), ("low_res", 0.1)):
             sampling = SamplingConfig(level=level, guided=guided)  # type: ignore[arg-type]
-            told, against = stage._bind(text, text[:1], [5, 6], sampling, (side, side), planes(small))
-            eps = stage._noise("low_res", [5, 6], (config.channels(factor), side, side))
+            told, against = stage._bind(text, text[:1], stage._draws([5, 6]), sampling, (side, side), planes(small))
+            eps = stage._draws([5, 6]).normal("low_res", (config.channels(factor), side, side))
             levels = torch.full((2,), level, dtype=torch.float64)
             assert torch.equal(told.low_res, condition_pictures(small, levels, eps, task.module.frozen))
             assert torch.equal(told.level, levels)

@@ -17,7 +17,6 @@ from ldm.conditioning import Conditioning
 from ldm.config import UserError
 from ldm.denoiser import Prediction
 from ldm.draws import keyed_generator
-from ldm.grids import GRIDS
 from ldm.guidance import ClassifierFreeGuidance
 from ldm.sampling import SAMPLERS
 from pipelines.cascade import load_cascade
@@ -72,7 +71,7 @@ def _shape(stage: Stage) -> tuple[int, int, int]:
 def _reversed(stage: Stage, eps: Tensor, cond: Conditioning, null: Conditioning) -> tuple[Sequence, Sequence]:  # type: ignore[type-arg]
     """Of each picture its x_t and the x0 found there, at COLUMNS times of the stage's own sampling, decoded."""
     sampling, schedule = stage.config.sampling, stage.denoiser.schedule
-    times = GRIDS[sampling.grid](sampling.steps, schedule)
+    times = sampling.times(schedule)
     guided = partial(ClassifierFreeGuidance(stage.denoiser, sampling.guidance, null), cond=cond)
     seen: list[tuple[Tensor, Tensor]] = []
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 
@@ -18,7 +18,10 @@ class UNetConfig(Config):
 
     attention: per level, whether its blocks attend (self and cross). The middle block always does.
     self_attention: without it blocks attend to the text only, and the middle block not at all, so that cost grows
-    with the area of a picture and not with its square: for super-resolution.
+    with the area of a picture and not with its square: for super-resolution. Per level it leaves the middle block as
+    it is. heads and transformer_layers: of each attention, or per level. linear_projection: into and out of it, in
+    place of convolutions of one pixel. level_table: entries of a table in which an SR stage looks up its level, 0 where
+    the level is embedded as t is.
     pooled_text: whether the text, pooled by attention, is also added to the embedding of t that every block sees
     (Saharia et al. 2022, Imagen, sec. 2.2). adaptive_norm: whether that embedding scales and shifts the normalised
     features of a block (Dhariwal & Nichol 2021, eq. 1) or is added to them.
@@ -27,18 +30,32 @@ class UNetConfig(Config):
     widths: tuple[int, ...] = (128, 256)
     layers_per_block: int = 2
     attention: tuple[bool, ...] = (True, True)
-    heads: int = 8
+    heads: int | tuple[int, ...] = 8
     norm_groups: int = 32
-    self_attention: bool = True
+    self_attention: bool | tuple[bool, ...] = True
     pooled_text: bool = False
     adaptive_norm: bool = False
+    transformer_layers: int | tuple[int, ...] = 1
+    linear_projection: bool = False
+    level_table: int = 0
 
     def __post_init__(self) -> None:
         if len(self.attention) != len(self.widths) or not self.widths:
             raise ValueError(f"attention needs one entry per width: {len(self.attention)} for {len(self.widths)}")
-        if self.norm_groups < 1 or self.heads < 1:
+        levels = len(self.widths)
+        for name in ("heads", "transformer_layers", "self_attention"):
+            if len(each_level(getattr(self, name), levels)) != levels:
+                raise ValueError(f"{name} is one value, or one for each of {levels} levels")
+        heads, layers = each_level(self.heads, levels), each_level(self.transformer_layers, levels)
+        if self.norm_groups < 1 or min(heads) < 1:
             raise ValueError(f"norm_groups and heads must be at least 1, not {self.norm_groups} and {self.heads}")
-        if any(w < 1 or w > 8192 or w % self.norm_groups or w % self.heads for w in self.widths):
+        if not 1 <= min(layers) <= max(layers) <= 32:
+            raise ValueError(f"transformer_layers must be 1 to 32, not {self.transformer_layers}")
+        if not 0 <= self.level_table <= 10_000:
+            raise ValueError(f"level_table must be 0, or at most 10000 entries, not {self.level_table}")
+        if self.pooled_text and isinstance(self.heads, tuple):
+            raise ValueError("pooled_text needs one number of heads, not one per level")
+        if any(w < 1 or w > 8192 or w % self.norm_groups or w % h for w, h in zip(self.widths, heads, strict=True)):
             raise ValueError(
                 f"widths {self.widths} must be multiples of norm_groups {self.norm_groups} and heads {self.heads}"
             )
@@ -49,6 +66,11 @@ class UNetConfig(Config):
     def factor(self) -> int:
         """Grid sides must be multiples of it."""
         return 1 << (len(self.widths) - 1)
+
+
+def each_level(value: Any, levels: int) -> tuple[Any, ...]:
+    """A setting of every level, where it may be one for all."""
+    return tuple(value) if isinstance(value, (tuple, list)) else (value,) * levels
 
 
 class UNetShape(NamedTuple):
@@ -69,32 +91,39 @@ def unet_shape(latents: int, text_width: int, factor: int, denoiser: DenoiserCon
                      latents + 1 if inpainting else 0, denoiser.channels(latents) - latents)  # fmt: skip
 
 
+def unet_arguments(config: UNetConfig, shape: UNetShape) -> dict[str, Any]:
+    """What diffusers' class is built with."""
+    table = config.level_table if shape.low_res else 0
+    attends = config.self_attention
+    return {
+        "in_channels": shape.latents + shape.low_res + shape.known,
+        "out_channels": shape.latents + shape.variance,
+        "down_block_types": tuple("CrossAttnDownBlock2D" if a else "DownBlock2D" for a in config.attention),
+        "up_block_types": tuple("CrossAttnUpBlock2D" if a else "UpBlock2D" for a in reversed(config.attention)),
+        "block_out_channels": config.widths,
+        "layers_per_block": config.layers_per_block,
+        "attention_head_dim": config.heads,  # diffusers' name for the number of heads
+        "transformer_layers_per_block": config.transformer_layers,
+        "use_linear_projection": config.linear_projection,
+        "cross_attention_dim": shape.text_width,
+        "norm_num_groups": config.norm_groups,
+        "addition_embed_type": "text" if config.pooled_text else None,
+        "addition_embed_type_num_heads": config.heads if config.pooled_text else 64,
+        "resnet_time_scale_shift": "scale_shift" if config.adaptive_norm else "default",
+        "class_embed_type": "timestep" if shape.low_res and not table else None,
+        "num_class_embeds": table or None,
+        "only_cross_attention": tuple(not a for a in attends) if isinstance(attends, tuple) else not attends,
+        "mid_block_type": "UNetMidBlock2D" if attends is False else "UNetMidBlock2DCrossAttn",
+    }
+
+
 def build_unet(config: UNetConfig, shape: UNetShape) -> UNet2DConditionModel:
     """A UNet2DConditionModel with random weights: x_t and what stands beside it, t, text (B, L, text_width) -> like
     x_t, and the variance.
 
-    With small pictures it takes the level, in thousandths, as `class_labels`, embedded as t is, by weights of its own.
-    Raises UserError where the heads do not divide a text width that is pooled.
+    With small pictures it takes the level as `class_labels`: in thousandths, embedded as t is by weights of its own, or
+    as the place in a table. Raises UserError where the heads do not divide a text width that is pooled.
     """
-    if config.pooled_text and shape.text_width % config.heads:
+    if isinstance(config.heads, int) and config.pooled_text and shape.text_width % config.heads:
         raise UserError(f"unet.pooled_text: heads {config.heads} must divide the text's width {shape.text_width}")
-    down = tuple("CrossAttnDownBlock2D" if a else "DownBlock2D" for a in config.attention)
-    up = tuple("CrossAttnUpBlock2D" if a else "UpBlock2D" for a in reversed(config.attention))
-    return UNet2DConditionModel(
-        in_channels=shape.latents + shape.low_res + shape.known,
-        out_channels=shape.latents + shape.variance,
-        down_block_types=down,
-        up_block_types=up,
-        block_out_channels=config.widths,
-        layers_per_block=config.layers_per_block,
-        # diffusers' name for the number of heads
-        attention_head_dim=config.heads,
-        cross_attention_dim=shape.text_width,
-        norm_num_groups=config.norm_groups,
-        addition_embed_type="text" if config.pooled_text else None,
-        addition_embed_type_num_heads=config.heads,
-        resnet_time_scale_shift="scale_shift" if config.adaptive_norm else "default",
-        class_embed_type="timestep" if shape.low_res else None,
-        only_cross_attention=not config.self_attention,
-        mid_block_type="UNetMidBlock2DCrossAttn" if config.self_attention else "UNetMidBlock2D",
-    )
+    return UNet2DConditionModel(**unet_arguments(config, shape))

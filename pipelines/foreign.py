@@ -1,0 +1,174 @@
+"""Pipeline folders of diffusers as cascades of one stage, and back.
+
+    model_index.json, unet/, vae/, text_encoder/, tokenizer/, scheduler/ -> ldm.interop -> Stage -> Cascade
+    Cascade -> stock components -> save_pretrained
+
+Read: Stable Diffusion 1.x and 2.x, and the x4 upscaler, as a base and as an SR stage. Weights are safetensors.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+import shutil
+import uuid
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+from torch import nn
+
+from ldm.config import UserError
+from ldm.denoiser import Denoiser
+from ldm.interop import read_autoencoder, read_schedule, read_scheduler, read_unet, write_scheduler
+from ldm.latents import CodecConfig, LatentCodec
+from ldm.low_res import LowResConfig
+from ldm.models.autoencoder import build_autoencoder
+from ldm.models.unet import build_unet
+from ldm.noise import NoiseSchedule
+from ldm.text import TextConfig, load_text_encoder
+from ldm.weights import NETWORK_FILE, Codec, folder_digest, load_network, read_json
+from pipelines.cascade import Cascade
+from pipelines.stage import SamplingConfig, Stage, StageConfig
+
+INDEX = "model_index.json"
+BASE, UPSCALER = "StableDiffusionPipeline", "StableDiffusionUpscalePipeline"
+# steps, guidance and the level of the small picture's noise, as the stock pipelines have them by default
+_DEFAULTS: dict[str, dict[str, Any]] = {
+    BASE: {"steps": 50, "guidance": 7.5, "rows": 1},
+    UPSCALER: {"steps": 75, "guidance": 9.0, "rows": 1, "level": 20},
+}
+_UNUSED = ("safety_checker", "feature_extractor", "image_encoder", "watermarker")
+_PARTS = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
+
+
+def load_pipeline(folder: str | Path, device: torch.device | str = "cpu") -> Cascade:
+    """Read a pipeline folder of diffusers. `notes` of the cascade tell what is drawn otherwise than there.
+
+    Raises UserError where the pipeline, or a part of it, is none that is built here, or is damaged.
+    """
+    folder = Path(folder)
+    index = read_json(folder / INDEX)
+    kind = index.get("_class_name") if isinstance(index, dict) else None
+    if kind not in _DEFAULTS:
+        raise UserError(f"{folder / INDEX}: a {kind!a} is not read; {' and '.join(_DEFAULTS)} are")
+    unused = [name for name in _UNUSED if (index.get(name) or [None])[0]]
+    said = read_scheduler(_part(folder, "scheduler", "scheduler_config.json"), f"{folder}/scheduler")
+    unet, shape = read_unet(_part(folder, "unet", "config.json"), f"{folder / 'unet'}")
+    codec, normalisation = _read_codec(folder, device)
+    text = load_text_encoder(TextConfig(kind="clip", path=str(folder / "text_encoder")), device)
+    low_res, sampling = _low_res(folder, kind, codec.module.config.factor), dict(_DEFAULTS[kind])
+    if low_res is not None:
+        sampling["level"] = (sampling["level"] + 1) / low_res.levels.steps
+    wanted = 0 if low_res is None else low_res.channels(codec.module.config.factor)
+    if shape.low_res != wanted:
+        raise UserError(f"{folder / 'unet'}: in_channels are {shape.latents + shape.low_res}, of a {kind} they are "
+                        f"{shape.latents + wanted}: networks for inpainting are not read")  # fmt: skip
+    for what, own, found in (("latents", shape.latents, codec.module.config.latent_channels),
+                             ("text width", shape.text_width, text.width)):  # fmt: skip
+        if own != found:
+            raise UserError(f"{folder}: the {what} of unet/ is {own}, that of the part beside it {found}")
+    side = _part(folder, "unet", "config.json").get("sample_size") or 64
+    config = StageConfig(
+        name="base" if low_res is None else "sr", resolution_px=side * codec.module.config.factor,
+        latent_channels=shape.latents, text_width=text.width, unet=unet, schedule=said.schedule,
+        denoiser=said.denoiser, sampling=SamplingConfig(**sampling, **said.sampling), normalisation=normalisation,
+        codec_digest=codec.digest, text_digest=text.digest, low_res=low_res, noise="in_order",
+    )  # fmt: skip
+    net = load_network(lambda: build_unet(unet, shape), folder / "unet" / NETWORK_FILE)
+    denoiser = Denoiser(net, NoiseSchedule(said.schedule), said.denoiser).to(device).eval()
+    notes = [*said.notes, *([f"{', '.join(unused)}: not used"] if unused else [])]
+    return Cascade([Stage(config, denoiser, codec)], text, folder_digest(folder, INDEX, *_PARTS), notes=tuple(notes))
+
+
+def _part(folder: Path, name: str, file: str) -> Mapping[str, Any]:
+    found = read_json(folder / name / file, infinite=True)
+    if not isinstance(found, dict):
+        raise UserError(f"{folder / name / file}: not a table of settings")
+    return found
+
+
+def _read_codec(folder: Path, device: torch.device | str) -> tuple[Codec, Any]:
+    autoencoder, normalisation = read_autoencoder(_part(folder, "vae", "config.json"), f"{folder / 'vae'}")
+    with torch.device("meta"):
+        codec = LatentCodec(CodecConfig(1, autoencoder))
+    codec.autoencoder = load_network(lambda: build_autoencoder(autoencoder, 3), folder / "vae" / NETWORK_FILE)
+    return Codec(codec.eval().requires_grad_(False).to(device), folder_digest(folder, "vae")), normalisation
+
+
+def _low_res(folder: Path, kind: str, factor: int) -> LowResConfig | None:
+    """Of the upscaler: small pictures as large as the latents, with noise of the schedule beside the other."""
+    if kind != UPSCALER:
+        return None
+    place = f"{folder}/low_res_scheduler"
+    levels = read_schedule(_part(folder, "low_res_scheduler", "scheduler_config.json"), place)
+    most = read_json(folder / INDEX).get("max_noise_level", 350)
+    return LowResConfig(scale=factor, levels=levels, max_level=min((most + 1) / levels.steps, 0.999))
+
+
+def export_pipeline(cascade: Cascade, out: str | Path, dtype: torch.dtype = torch.float16) -> Path:
+    """Write a cascade of one stage as a folder that the stock pipeline loads; returns it.
+
+    Raises UserError for what no stock pipeline can hold, saying what, and where `out` exists.
+    """
+    out, stage = Path(out), cascade.stages[0]
+    config, codec = stage.config, stage.codec.module.config
+    std, text = config.normalisation.std, cascade.text.config
+    refused = {
+        f"{len(cascade.stages)} stages: export them one by one, with --stage": len(cascade.stages) > 1,
+        f"text encoder {text.kind}: stock pipelines are told by CLIP": text.kind != "clip",
+        "its codec has no autoencoder, or squares pixels before it": codec.autoencoder is None or codec.unshuffle > 1,
+        "it is told of holes in another order than stock pipelines": config.inpainting,
+        "latents have statistics per channel, and stock pipelines one scale": len(set(std)) > 1
+        or any(config.normalisation.mean),
+        "it draws residuals of the enlarged picture": config.low_res is not None and config.low_res.residual,
+        "levels are embedded as t is, and stock pipelines look them up": config.low_res is not None
+        and not config.unet.level_table,
+    }
+    for why, applies in refused.items():
+        if applies:
+            raise UserError(f"stage {config.name} cannot be a stock pipeline: {why}")
+    if out.exists():
+        raise UserError(f"{out}: exists; an export is not written over")
+    pipeline = _stock(cascade, stage, dtype)
+    partial = out.with_name(f"{out.name}.tmp-{uuid.uuid4().hex[:8]}")
+    try:
+        pipeline.save_pretrained(partial, safe_serialization=True)
+        os.replace(partial, out)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return out
+
+
+def _stock(cascade: Cascade, stage: Stage, dtype: torch.dtype) -> Any:
+    """The stock pipeline of a stage's networks."""
+    from transformers import CLIPTokenizer  # takes seconds
+
+    config, autoencoder = stage.config, stage.codec.module.autoencoder
+    name, settings = write_scheduler(config.schedule, config.denoiser, vars(config.sampling))
+    vae = _copied(autoencoder, dtype)
+    vae.register_to_config(scaling_factor=1 / config.normalisation.std[0])
+    unet = _copied(stage.denoiser.net, dtype)
+    unet.register_to_config(sample_size=config.resolution_px // stage.codec.module.config.factor)
+    tokenizer = CLIPTokenizer.from_pretrained(_tokenizer(cascade), local_files_only=True,
+                                              model_max_length=cascade.text.max_tokens)  # fmt: skip
+    parts = {"vae": vae, "unet": unet, "text_encoder": _copied(cascade.text.module, dtype), "tokenizer": tokenizer,
+             "scheduler": getattr(diffusers, name).from_config(settings)}  # fmt: skip
+    kind: Any = getattr(diffusers, BASE if config.low_res is None else UPSCALER)
+    if config.low_res is None:
+        return kind(**parts, safety_checker=None, feature_extractor=None, requires_safety_checker=False)
+    levels = config.low_res.levels
+    _, told = write_scheduler(levels, config.denoiser, vars(SamplingConfig(sampler="ddpm")))
+    noising: Any = diffusers.DDPMScheduler
+    return kind(**parts, low_res_scheduler=noising.from_config(told | {"clip_sample": False}),
+                max_noise_level=round(config.low_res.max_level * levels.steps) - 1)  # fmt: skip
+
+
+def _copied(network: Any, dtype: torch.dtype) -> Any:
+    return nn.Module.to(copy.deepcopy(network), device="cpu", dtype=dtype)
+
+
+def _tokenizer(cascade: Cascade) -> Path:
+    return next(path for name, path in cascade.text.files.items() if name in ("vocab.json", "tokenizer.json")).parent
