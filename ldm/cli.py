@@ -103,7 +103,7 @@ def encode(
 
 @app.command()
 def train(
-    config: Config,
+    config: Annotated[Path, typer.Argument(help="A YAML file, such as configs/emoji/base.yaml, or a data set.")],
     run: Annotated[Path | None, typer.Option(help="Run folder; default runs/<folder>-<name> of the config.")] = None,
     resume: Annotated[
         Literal["auto", "must", "never"], typer.Option(help="must: never start anew; never: only start anew.")
@@ -117,15 +117,21 @@ def train(
     shapes: Annotated[
         bool, typer.Option("--shapes", help="With --dry-run: shapes and work alone; no data, weights or memory.")
     ] = False,
+    preset: Annotated[
+        Literal["full", "sr"] | None, typer.Option(help="Of a data set: train the base (full), or the SR stage.")
+    ] = None,
+    model: Annotated[Path | None, typer.Option(help="Of a data set: where to begin; default: the shipped one.")] = None,
     overrides: Set = None,
 ) -> None:
-    """Train a stage. The same command resumes a run that was interrupted."""
+    """Train a stage as a config says, or go on training one on a data set of your own. The same command resumes a run
+    that was interrupted."""
     from training import run as module
 
     given = [*(overrides or []), *([f"init={init}"] if init else [])]
     if shapes and not dry_run:
         raise typer.BadParameter("--shapes says how to do a --dry-run: give both")
-    typer.echo(module.shapes(config, given) if shapes else str(module.train(config, run, given, resume, dry_run)))
+    typer.echo(module.shapes(config, given) if shapes
+               else str(module.train(config, run, given, resume, dry_run, preset, model)))  # fmt: skip
 
 
 @ckpt_app.command("ls")

@@ -223,7 +223,7 @@ codec:
         "run.yaml:7: optim.lr: lr must be above 0 and at most 1, not 5; 1e-4 to 1e-3 is usual",
         "run.yaml:10: codec.autoencoder.latent_chanels: unknown key; did you mean latent_channels?",
         "run.yaml:11: codec.autoencoder.zzz: unknown key; allowed here: latent_channels, layers_per_block, "
-        "mid_attention, norm_groups, widths",
+        "mid_attention, norm_groups, quant_conv, widths",
     ])  # fmt: skip
 
 

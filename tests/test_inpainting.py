@@ -103,8 +103,8 @@ def test_the_surroundings_have_the_noise_of_their_time() -> None:
     grid = uniform_grid(5, SCHEDULE)
     repaint(watched, known, grid, torch.ones_like, schedule=SCHEDULE, known=known, hole=hole, resamples=1)
     for time, value in seen[1:]:
-        alpha, sigma = (float(c) for c in SCHEDULE.alpha_sigma(torch.tensor(time)))
-        assert value == pytest.approx(alpha * 0.7 + sigma, abs=1e-9)
+        alpha, sigma = (float(c) for c in SCHEDULE.alpha_sigma(torch.tensor(time, dtype=torch.float64)))
+        assert value == pytest.approx(alpha * 0.7 + sigma, abs=1e-6)
     assert [time for time, _ in seen] == grid[:-1].tolist()
 
 

@@ -306,7 +306,7 @@ def test_guidance_can_act_on_either(task: DiffusionTask) -> None:
     found: list[Tensor] = []
     guides: Sequence[Any] = ("text", "low_res", "both")
     for guided in guides:
-        told, against = stage._bind(text, null, [1, 2], SamplingConfig(guided=guided), (8, 8), small)
+        told, against = stage._bind(text, null, stage._draws([1, 2]), SamplingConfig(guided=guided), (8, 8), small)
         with torch.no_grad():
             got = ClassifierFreeGuidance(module.denoiser, 2.5, against)(x, t, told)
             wanted = 2.5 * module.denoiser(x, t, told).eps - 1.5 * module.denoiser(x, t, against).eps

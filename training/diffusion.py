@@ -190,14 +190,18 @@ class DiffusionTask:
         network = unet_shape(channels, text.width, shape.factor, config.denoiser, config.low_res, config.inpainting)
         torch.manual_seed(config.seed)
         denoiser = build_denoiser(config.unet, config.schedule, config.denoiser, network)
+        released = None
         if config.init is not None:
-            file = _unet_file(Path(config.init), config.name)
+            file, released = _unet_file(Path(config.init), config.name), _released(Path(config.init), config.name)
             net = load_network(lambda: build_unet(config.unet, network), file)
             denoiser.net.load_state_dict(net.state_dict())
         unit = Normalisation(mean=(0.0,) * channels, std=(1.0,) * channels)
         frozen = Frozen(codec.module, unit, self.cache.null, config.dropout, config.low_res, config.upscaling,
                         config.last, config.inpainting, config.posterior)  # fmt: skip
-        frozen = with_statistics(frozen, codec.digest, self.cache)
+        # what was learned before was learned of latents in that stage's own units
+        same = released is not None and (config.codec is None or released.codec_digest == codec.digest)
+        frozen = (replace(frozen, normalisation=released.normalisation) if released is not None and same
+                  else with_statistics(frozen, codec.digest, self.cache))  # fmt: skip
         self._stage = StageConfig(
             name=config.name,
             resolution_px=config.data.size_px,
@@ -213,6 +217,7 @@ class DiffusionTask:
             codec="codec" if config.codec is not None else PIXELS,
             low_res=config.low_res,
             inpainting=config.inpainting,
+            noise="keyed" if released is None else released.noise,
         )
         self.module = DiffusionModule(denoiser, frozen)
 
@@ -358,3 +363,9 @@ def _unet_file(folder: Path, name: str) -> Path:
     inside = (f"{name}/unet", "unet", ".")
     files = [folder / part / NETWORK_FILE for part in inside]
     return next((file for file in files if file.is_file()), files[0])
+
+
+def _released(folder: Path, name: str) -> StageConfig | None:
+    """What is said of the stage that such weights were released with; None where they stand alone."""
+    file = next((f for f in (folder / name / "stage.json", folder / "stage.json") if f.is_file()), None)
+    return None if file is None else parse(StageConfig, read_json(file), str(file))

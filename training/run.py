@@ -26,6 +26,7 @@ from training.files import lock, sweep
 from training.log import check_trackers
 from training.plan import Plan
 from training.posthoc import combine
+from training.presets import Preset, tuning
 from training.processes import check_world, process_state, together
 from training.shapes import check_shapes
 from training.stop import Stop
@@ -40,19 +41,30 @@ DRY_ROWS = 64
 
 
 def train(config_path: str | Path, run: str | Path | None = None, overrides: Sequence[str] = (),
-          resume: Resume = "auto", dry_run: bool = False) -> Path:  # fmt: skip
+          resume: Resume = "auto", dry_run: bool = False, preset: Preset | None = None,
+          model: str | Path | None = None) -> Path:  # fmt: skip
     """Train a stage as its config says; the same call resumes. Returns RUN/final.
 
-    run: the run folder; None is runs/<config's folder>-<config's name>. resume: `must` refuses to start anew, `never`
-    to go on. dry_run: check config, data and one step of everything in a temporary folder, print the plan and stop.
+    config_path: a YAML file, or a data set, which is then trained on as `preset` says, `full` by default, beginning
+    from a stage of `model`, by default the shipped one.
+    run: the run folder; None is runs/<config's folder>-<config's name>, or runs/<data set>-<preset>. resume: `must`
+    refuses to start anew, `never` to go on. dry_run: check config, data and one step of everything in a temporary
+    folder, print the plan and stop.
     Raises UserError for a config or data that cannot be used, or a run folder of another config; Interrupted after a
     signal. Called by every process of a launch.
     """
     if resume not in get_args(Resume):
         raise UserError(f"--resume is one of {', '.join(get_args(Resume))}, not {resume}")
     config_path = Path(config_path)
-    config = load(RunConfig, config_path, overrides)
-    folder = Path(run) if run else Path("runs") / f"{config_path.resolve().parent.name}-{config_path.stem}"
+    if config_path.is_dir():
+        preset = preset or "full"
+        config, name = tuning(config_path, preset, model, overrides), f"{config_path.resolve().name}-{preset}"
+    elif preset is not None or model is not None:
+        raise UserError(f"{config_path}: --preset and --model are of data sets; a config says all of that itself")
+    else:
+        config = load(RunConfig, config_path, overrides)
+        name = f"{config_path.resolve().parent.name}-{config_path.stem}"
+    folder = Path(run) if run else Path("runs") / name
     with _prepared(config.loop) as stop:
         if dry_run:
             return _rehearse(config, folder, stop)

@@ -1,0 +1,72 @@
+"""Training on a data set of one's own without a config: `ldm train my-pictures --preset full`.
+
+    a data set, a cascade -> the stage to go on with -> a DiffusionRun that begins from it -> training.run
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from ldm.config import UserError, apply_override, parse, to_dict
+from ldm.weights import read_json
+from pipelines.cascade import CascadeConfig
+from pipelines.generate import SHIPPED
+from pipelines.stage import StageConfig
+from training.data import DataConfig, Reader
+from training.diffusion import DiffusionRun
+
+Preset = Literal["full", "sr"]
+PROMPTS = 4
+PASSES, FEWEST, MOST = 40, 4_000, 40_000  # over the pictures, and images in all
+LARGE = 4  # levels of a U-Net that is trained as Stable Diffusion's are, with small steps
+
+
+def tuning(pictures: Path, preset: Preset, model: str | Path | None = None,
+           overrides: Sequence[str] = ()) -> DiffusionRun:  # fmt: skip
+    """A run that goes on training a stage of a cascade folder on other pictures, all of its weights: the base (full),
+    or its SR stage. Previews are of the first captions.
+
+    Raises UserError for a model that is no cascade folder or has no such stage, and for data that cannot be used.
+    """
+    folder = Path(SHIPPED if model is None else model)
+    if (folder / "model_index.json").is_file():
+        raise UserError(f"{folder}: a pipeline of diffusers; write it as a cascade first: ldm import {folder} NEW, and "
+                        "then --model NEW")  # fmt: skip
+    cascade = parse(CascadeConfig, read_json(folder / "cascade.json"), str(folder / "cascade.json"))
+    stage = _stage(folder, cascade, preset)
+    rows = Reader(DataConfig(path=str(pictures), size_px=stage.resolution_px)).rows
+    images = min(max(PASSES * len(rows), FEWEST), MOST)
+    data: dict[str, Any] = {
+        "kind": "diffusion", "name": stage.name, "init": str(folder),
+        "data": {"path": str(pictures), "size_px": stage.resolution_px}, "validation": {"split": None},
+        "text": to_dict(cascade.text.placed(str(folder / "text"))),
+        **{part: to_dict(getattr(stage, part)) for part in ("unet", "schedule", "denoiser", "sampling")},
+        "low_res": None if stage.low_res is None else to_dict(stage.low_res), "inpainting": stage.inpainting,
+        "preview": {"prompts": list(dict.fromkeys(c for row in rows for c in row.captions[:1]))[:PROMPTS]},
+        "optim": {"lr": 1e-5 if len(stage.unet.widths) >= LARGE else 2e-4, "warmup_images": images // 20},
+        "ema": {"halflife_images": images // 10},
+        "loop": {"images": images, "batch": 8, "log_every_images": images // 20, "preview_every_images": images // 4,
+                 "save_every_images": images // 4},
+    }  # fmt: skip
+    codec = read_json(folder / stage.codec / "config.json")
+    pixels = codec.get("autoencoder") is None
+    data["codec"] = None if pixels else str(folder / stage.codec)
+    if pixels:
+        data |= {"unshuffle": codec["unshuffle"], "grey": codec.get("grey", False)}
+    for item in overrides:
+        apply_override(data, item)
+    made: DiffusionRun = parse(DiffusionRun, data, f"preset {preset}")
+    return made
+
+
+def _stage(folder: Path, cascade: CascadeConfig, preset: Preset) -> StageConfig:
+    files = [folder / name / "stage.json" for name in cascade.stages]
+    stages: list[StageConfig] = [parse(StageConfig, read_json(file), str(file)) for file in files]
+    found = next((s for s in stages if (s.low_res is None) == (preset == "full")), None)
+    if found is None:
+        wanted = "draws from text alone" if preset == "full" else "enlarges pictures"
+        raise UserError(f"{folder}: none of its stages {', '.join(cascade.stages)} {wanted}, which preset {preset} "
+                        "trains")  # fmt: skip
+    return found
