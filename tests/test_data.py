@@ -606,9 +606,9 @@ def test_bad_metadata_lines(folder: Path, tmp_path: Path) -> None:
     ("name", "text", "message"),
     [
         ("metadata.jsonl", '{"filename": "0.png", "text": "x"}', r"`file_name` is missing; .* by filename\?"),
-        ("metadata.jsonl", '{"file_name": "0", "Captions": "x"}', r"s Captions, file_name; .* by Captions\?"),
+        ("metadata.jsonl", '{"file_name": "0", "captoins": "x"}', r"s captoins, file_name; .* by 'captoins'\?"),
         ("metadata.json1", "{}", r"metadata\.json1: did you mean metadata\.jsonl\?"),
-        ("metadata.csv", "file_name,text", r"metadata\.csv: did you mean metadata\.jsonl\?"),
+        ("metadata.tsv", "file_name,text", r"metadata\.tsv: did you mean metadata\.jsonl\?"),
         ("train/metadata.jsonl", "{}", r"found train/metadata\.jsonl; set data\.path to .*/set/train to"),
         ("metadata.jsonl", "", r"no picture to read; found 1 files \.png, 1 files \.jsonl"),
     ],

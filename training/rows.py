@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import difflib
-import json
 import os
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path, PurePosixPath
@@ -14,15 +13,21 @@ from typing import Any, Literal
 
 from ldm.config import Config, UserError
 from ldm.decode import MAX_PIXELS_LIMIT, read_regular
+from training.metadata import (
+    MAX_CAPTION_BYTES,
+    METADATA,
+    captions_of,
+    check_captions,
+    other_fields,
+    read_metadata,
+)
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".jfif", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif")
-CAPTION_FIELDS = ("captions", "caption", "text")
-MAX_CAPTION_BYTES = 64 * 1024
-MAX_METADATA_BYTES = 2**30
 LAYOUTS = f"""Accepted layouts:
-  DIR/metadata.jsonl  one JSON object a line, such as {{"file_name": "a.png", "caption": "a cat"}}
-                      ("text" is read too, and "captions": a list); "file_name" is relative to DIR
+  DIR/metadata.jsonl  one JSON object a line, such as {{"file_name": "a.png", "caption": "a cat"}}; "file_name" is
+                      relative to DIR, and "captions" may be a list; or metadata.csv or .parquet with such columns
   DIR/**/NAME.png     captions in NAME.txt beside it: UTF-8, one a line
+  DIR/CLASS/NAME.png  without any captions: the folder's name is each one's
   DIR/*.tar           WebDataset: NAME.png with NAME.txt or NAME.json, which has the keys of such a line
   DIR/*.parquet, or a folder written by datasets' save_to_disk: an image column, and such a caption column
 Pictures: {" ".join(SUFFIXES)}"""
@@ -35,6 +40,9 @@ class DataConfig(Config):
     """A folder of pictures with captions, and what to do with the samples that are not fit.
 
     `max_bad` is the share of bad samples above which reading fails; `limit` keeps the first samples only.
+    missing_caption: what stands for one: nothing, the file's name, its folder's, or skip it; auto is the folder's where
+    no picture has a caption and all lie in several folders. caption_column: where captions stand in metadata, tars and
+    tables; a likely one by default.
     `workers` processes read and decode, 0: this one does. With workers, a picture that takes over
     `read_timeout_s` seconds, again and again, is bad; without, reading waits as long as the file system does.
     """
@@ -45,7 +53,8 @@ class DataConfig(Config):
     background: tuple[int, int, int] = (255, 255, 255)
     max_pixels: int = 64_000_000
     max_bad: float = 0.01
-    missing_caption: Literal["empty", "filename", "skip"] = "empty"
+    missing_caption: Literal["auto", "empty", "filename", "folder", "skip"] = "auto"
+    caption_column: str | None = None
     limit: int | None = None
     workers: int = 0
     read_timeout_s: float = 60.0
@@ -67,6 +76,11 @@ class DataConfig(Config):
             raise ValueError("workers must be from 0 to 256 processes")
         if self.read_timeout_s <= 0:
             raise ValueError("read_timeout_s must be over 0 seconds")
+
+    @property
+    def caption_rules(self) -> tuple[str | None, ...]:
+        """What decides captions beside the data: part of what a cache depends on."""
+        return self.missing_caption, self.caption_column
 
 
 @dataclass(frozen=True)
@@ -109,8 +123,11 @@ def scan_folder(config: DataConfig) -> Scan:
         raise UserError(f"data.path: {shown(str(root))} {state}.\n{LAYOUTS}")
     scan = Scan()
     keys = _files(root, scan)
-    if "metadata.jsonl" in keys:
-        _scan_metadata(root, keys, config, scan)
+    metadata = [name for name in METADATA if name in keys]
+    if len(metadata) > 1:
+        raise UserError(f"{shown(str(root))}: {' and '.join(metadata)}: keep one of them")
+    if metadata:
+        _scan_metadata(root, metadata[0], keys, config, scan)
     else:
         _scan_sidecars(root, keys, config, scan)
     if not scan.rows:
@@ -156,11 +173,13 @@ def add_row(scan: Scan, config: DataConfig, row: Row, read: Callable[[], tuple[s
         scan.rows.append(replace(row, fault=str(error)))
         return
     if captions is None:
-        scan.notes[f"no caption ({config.missing_caption})"] += 1
-        if config.missing_caption == "skip":
+        policy = "empty" if config.missing_caption == "auto" else config.missing_caption
+        scan.notes[f"no caption ({policy})"] += 1
+        if policy == "skip":
             return
-        stem = PurePosixPath(row.key).stem.replace("_", " ").replace("-", " ").strip()
-        captions = (stem if config.missing_caption == "filename" else "",)
+        path = PurePosixPath(row.key)
+        name = {"filename": path.stem, "folder": path.parent.name}.get(policy, "")
+        captions = (name.replace("_", " ").replace("-", " ").strip(),)
     scan.rows.append(replace(row, captions=captions))
 
 
@@ -168,6 +187,8 @@ def _scan_sidecars(root: Path, keys: dict[str, None], config: DataConfig, scan: 
     if config.split is not None:
         raise UserError(f"data.split: {shown(str(root))} has no metadata.jsonl, so there are no splits.")
     sidecars = 0
+    if config.missing_caption == "auto" and _class_folders(keys):
+        config = replace(config, missing_caption="folder")
     for key in keys:
         stem, suffix = os.path.splitext(key)
         suffix, row = suffix.lower(), Row(root / key, (), key)
@@ -187,10 +208,17 @@ def _scan_sidecars(root: Path, keys: dict[str, None], config: DataConfig, scan: 
         _refuse_misplaced_metadata(root, keys)
 
 
+def _class_folders(keys: dict[str, None]) -> bool:
+    """Whether nothing has a caption, and all pictures lie in folders, of which there are several."""
+    stems = [os.path.splitext(key) for key in keys]
+    folders = {os.path.dirname(stem) for stem, suffix in stems if suffix.lower() in SUFFIXES}
+    return len(folders) > 1 and "" not in folders and not any(suffix == ".txt" for _, suffix in stems)
+
+
 def _refuse_misplaced_metadata(root: Path, keys: dict[str, None]) -> None:
     for key in keys:
         name = PurePosixPath(key).name
-        if "/" in key and name == "metadata.jsonl":
+        if "/" in key and name in METADATA:
             folder = shown(str((root / key).parent))
             raise UserError(f"{shown(str(root))}: found {shown(key)}; set data.path to {folder} to read it.")
         if "/" not in key and name.casefold().startswith("metadata."):
@@ -221,10 +249,12 @@ def caption_lines(name: str, data: bytes) -> tuple[str, ...]:
     return tuple(line for line in lines if line) or ("",)
 
 
-def _scan_metadata(root: Path, keys: dict[str, None], config: DataConfig, scan: Scan) -> None:
-    lines = _read_lines(root / "metadata.jsonl")
+def _scan_metadata(root: Path, file: str, keys: dict[str, None], config: DataConfig, scan: Scan) -> None:
+    lines, column = read_metadata(root / file), config.caption_column
     entries = [entry for _, entry, _ in lines if entry]
-    _check_columns(root, entries)
+    note = _check_columns(root / file, entries, column)
+    if note:
+        scan.notes[note] += len(entries)
     _check_split(root, entries, config.split)
     named: dict[str, int] = {}
     for number, entry, fault in lines:
@@ -235,70 +265,27 @@ def _scan_metadata(root: Path, keys: dict[str, None], config: DataConfig, scan: 
         fault = fault or _fault(root, key, keys, entry)
         if first != number:
             fault = f"the same file_name as line {first}; put several captions into `captions`"
-        fields = {name: v for name, v in entry.items() if name not in ("file_name", *CAPTION_FIELDS)}
+        fields = other_fields(entry, column)
         if fault or key is None:
-            where = " ".join(filter(None, (f"metadata.jsonl:{number}", key)))
-            scan.rows.append(Row(root / (key or "metadata.jsonl"), (), where, fields, fault))
+            where = " ".join(filter(None, (f"{file}:{number}", key)))
+            scan.rows.append(Row(root / (key or file), (), where, fields, fault))
         else:
-            add_row(scan, config, Row(root / key, (), key, fields), partial(captions_of, entry))
+            add_row(scan, config, Row(root / key, (), key, fields), partial(captions_of, entry, column))
     unnamed = sum(key not in named and key.lower().endswith(SUFFIXES) for key in keys)
     if unnamed:
-        scan.notes["picture without a line in metadata.jsonl"] += unnamed
+        scan.notes[f"picture without a line in {file}"] += unnamed
 
 
-def _read_lines(path: Path) -> list[tuple[int, dict[str, Any], str]]:
-    """(line number from 1, entry, fault) of each line that is not blank."""
-    try:
-        data = read_regular(path, MAX_METADATA_BYTES)
-    except OSError as error:
-        raise UserError(f"{shown(str(path))}: cannot be read ({error.strerror})") from None
-    found: list[tuple[int, dict[str, Any], str]] = []
-    for number, line in enumerate(data.removeprefix(b"\xef\xbb\xbf").split(b"\n"), 1):
-        if line.strip():
-            try:
-                found.append((number, read_entry(line), ""))
-            except ValueError as error:
-                found.append((number, {}, str(error)))
-    return found
-
-
-def read_entry(line: bytes) -> dict[str, Any]:
-    def refuse(name: str) -> None:
-        raise ValueError(f"{name} is not JSON")
-
-    try:
-        entry = json.loads(line.decode("utf-8"), parse_constant=refuse)
-    except UnicodeDecodeError:
-        raise ValueError("not UTF-8") from None
-    except RecursionError:
-        raise ValueError("not JSON (nested too deep)") from None
-    except json.JSONDecodeError as error:
-        raise ValueError(f"not JSON ({error.msg}, column {error.colno})") from None
-    if not isinstance(entry, dict):
-        raise ValueError("not a JSON object")
-    return entry
-
-
-def _check_columns(root: Path, entries: list[dict[str, Any]]) -> None:
-    """Raise UserError when no line at all names files, or when captions seem to lie under another name."""
+def _check_columns(path: Path, entries: list[dict[str, Any]], column: str | None) -> str:
+    """What `check_captions` says. Raises UserError when no line at all names files too."""
     columns = sorted({str(key) for entry in entries for key in entry})
-    place = f"{shown(str(root / 'metadata.jsonl'))}: columns {', '.join(map(shown, columns)) or 'none'}"
+    place = f"{shown(str(path))}: columns {', '.join(map(shown, columns)) or 'none'}"
     if entries and "file_name" not in columns:
         close = difflib.get_close_matches("file_name", columns, 1, 0.5)
         hint = f"; did you mean it by {shown(close[0])}?" if close else "."
         raise UserError(f"{place}; `file_name` is missing{hint}\n{LAYOUTS}")
-    if entries:
-        check_captions(place, columns)
-
-
-def check_captions(place: str, columns: Sequence[str]) -> None:
-    """Raise UserError when captions seem to lie under another name."""
-    if not set(columns) & set(CAPTION_FIELDS):
-        likely = (*CAPTION_FIELDS, "prompt", "description")
-        close = [name for name in columns if difflib.get_close_matches(name.lower(), likely, 1, 0.75)]
-        if close:
-            hint = f"did you mean it by {shown(close[0])}?"
-            raise UserError(f"{place}; neither `caption`, `text` nor `captions`: {hint}\n{LAYOUTS}")
+    texts = {key for entry in entries for key, value in entry.items() if isinstance(value, (str, list))}
+    return check_captions(place, sorted(texts - {"file_name"}), column) if entries else ""
 
 
 def _check_split(root: Path, entries: list[dict[str, Any]], split: str | None) -> None:
@@ -329,20 +316,3 @@ def _fault(root: Path, key: str | None, keys: dict[str, None], entry: dict[str, 
         return "leads outside the folder" if leads_outside(root, root / key) else ""
     except (OSError, ValueError) as error:
         return f"file_name cannot be used ({type(error).__name__})"
-
-
-def captions_of(entry: dict[str, Any]) -> tuple[str, ...] | None:
-    for name in CAPTION_FIELDS:
-        value = entry.get(name)
-        if value is None or value == []:
-            continue
-        texts = value if isinstance(value, list) else [value]
-        for text in texts:
-            if not isinstance(text, str):
-                raise ValueError(f"`{name}` holds {type(text).__name__}, not text")
-            if len(text.encode("utf-8", "surrogatepass")) > MAX_CAPTION_BYTES:
-                raise ValueError(f"`{name}` is over {MAX_CAPTION_BYTES} bytes")
-            if not text.isascii() and any("\ud800" <= c <= "\udfff" for c in text):
-                raise ValueError(f"`{name}` holds half a surrogate pair, which is no text")
-        return tuple(text.strip() for text in texts)
-    return None

@@ -20,19 +20,16 @@ from pathlib import Path, PurePosixPath
 from typing import Any, Protocol
 
 from ldm.decode import TAR_HEADER, Source, again
+from training.metadata import MAX_CAPTION_BYTES, METADATA, captions_of, other_fields, read_entry
 from training.rows import (
-    CAPTION_FIELDS,
     CONVERT,
-    MAX_CAPTION_BYTES,
     SUFFIXES,
     DataConfig,
     Row,
     Scan,
     add_row,
     caption_lines,
-    captions_of,
     leads_outside,
-    read_entry,
     scan_folder,
     shown,
 )
@@ -169,7 +166,7 @@ def _part(block: Block, number: int, stride: int, held_out: bool) -> Block:
 def open_source(config: DataConfig, shard_items: int) -> Collection:
     """Look at `data.path` and find what is there. Raises UserError, listing the accepted layouts, for nothing usable.
 
-    A metadata.jsonl or pictures at the top make it a folder of pictures, whatever else is there.
+    A metadata file or pictures at the top make it a folder of pictures, whatever else is there.
     """
     root = Path(config.path).expanduser()
     names = sorted(os.listdir(root)) if root.is_dir() else []
@@ -179,7 +176,7 @@ def open_source(config: DataConfig, shard_items: int) -> Collection:
         return open_saved(root, config, shard_items).first(config.limit)
     visible = [name for name in names if not name.startswith(".")]
     suffixes = {os.path.splitext(name)[1].lower() for name in visible}
-    if "metadata.jsonl" in names or suffixes & {*SUFFIXES, *CONVERT} or not suffixes & {".tar", ".parquet"}:
+    if {*METADATA} & {*names} or suffixes & {*SUFFIXES, *CONVERT} or not suffixes & {".tar", ".parquet"}:
         scan = scan_folder(config)
         return Pictures(scan.rows, shard_items, scan.notes)
     kind = ".tar" if ".tar" in suffixes else ".parquet"
@@ -199,7 +196,7 @@ def _open_tars(root: Path, names: list[str], config: DataConfig, notes: Counter[
     blocks = []
     for name in names:
         size = (root / name).stat().st_size if (root / name).exists() else -1
-        digest = digest_of(name, size, config.split, config.missing_caption)
+        digest = digest_of(name, size, config.split, config.caption_rules)
         blocks.append(Block(name, digest, None, partial(_scan_tar, root, name, config)))
     return Blocks(blocks, _in_file, notes)
 
@@ -312,8 +309,8 @@ def _add_group(
         return
     if config.split is not None and str(fields.get("split")) != config.split:
         return
-    row = replace(row, fields={name: v for name, v in fields.items() if name not in CAPTION_FIELDS})
-    read = partial(captions_of, fields) if lines is None else partial(caption_lines, texts[0][0].name, lines)
+    row, column = replace(row, fields=other_fields(fields, config.caption_column)), config.caption_column
+    read = partial(captions_of, fields, column) if lines is None else partial(caption_lines, texts[0][0].name, lines)
     add_row(scan, config, row, read)
 
 

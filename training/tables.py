@@ -21,15 +21,13 @@ import pyarrow.parquet as pq
 
 from ldm.config import UserError
 from ldm.decode import Source, again
+from training.metadata import captions_of, check_captions, other_fields
 from training.rows import (
-    CAPTION_FIELDS,
     LAYOUTS,
     DataConfig,
     Row,
     Scan,
     add_row,
-    captions_of,
-    check_captions,
     leads_outside,
     shown,
 )
@@ -60,7 +58,7 @@ def open_parquet(root: Path, names: list[str], config: DataConfig, shard_items: 
         except (OSError, pa.ArrowException) as error:
             blocks.append(_unreadable(path, name, _why(error)))
             continue
-        images[path], texts = _columns(path, schema)
+        images[path], texts = _columns(path, schema, config, notes)
         split = re.sub(r"(-\d+)*(-of-\d+)?\.parquet$", "", name, flags=re.IGNORECASE)
         splits[split] += metadata.num_rows
         by_row = by_row or "split" in texts
@@ -70,7 +68,7 @@ def open_parquet(root: Path, names: list[str], config: DataConfig, shard_items: 
     if config.split is not None and config.split not in splits and not by_row:
         have = ", ".join(f"{shown(split)} ({count})" for split, count in sorted(splits.items())) or "none at all"
         raise UserError(f"data.split: {shown(str(root))} has no split {config.split!a}; its files are of {have}.")
-    return Blocks(blocks, _ParquetPictures(images), notes)
+    return Blocks(blocks, _ParquetPictures(images), +notes)
 
 
 def open_saved(root: Path, config: DataConfig, shard_items: int) -> Blocks:
@@ -86,6 +84,7 @@ def open_saved(root: Path, config: DataConfig, shard_items: int) -> Blocks:
         have = ", ".join(f"{shown(name)} ({len(part)})" for name, part in parts.items())
         raise UserError(f"data.split: {shown(str(root))} has no split {config.split!a}; it has {have}.")
     blocks: list[Block] = []
+    notes: Counter[str] = Counter()
     pictures: dict[Path, Any] = {}
     for name, part in parts.items():
         if name and config.split not in (None, name):
@@ -95,7 +94,7 @@ def open_saved(root: Path, config: DataConfig, shard_items: int) -> Blocks:
                 raise UserError(f"{shown(file['filename'])}: lies outside {shown(str(root))}")
         path = root / name if name else root
         part = part.with_format(None)
-        image, texts = _columns(path, part.features.arrow_schema)
+        image, texts = _columns(path, part.features.arrow_schema, config, notes)
         if config.split is not None and not name and "split" not in texts:
             raise UserError(f"data.split: {shown(str(root))} has no column `split`, so there are no splits.")
         if isinstance(part.features[image], datasets.Image):
@@ -106,7 +105,7 @@ def open_saved(root: Path, config: DataConfig, shard_items: int) -> Blocks:
             stop = min(start + shard_items, len(part))
             read = partial(_saved_entries, plain, start, stop, {"split": name} if name else {})
             split = config.split if not name and "split" in texts else None
-            digest = digest_of(part._fingerprint, name, start, stop, split, config.missing_caption)
+            digest = digest_of(part._fingerprint, name, start, stop, split, config.caption_rules)
             label = f"{name + ' ' if name else ''}rows {start} to {stop - 1}"
             count = _count(stop - start, split, config)
             blocks.append(Block(label, digest, count, partial(_scan, path, name, start, stop, read, split, config)))
@@ -114,7 +113,7 @@ def open_saved(root: Path, config: DataConfig, shard_items: int) -> Blocks:
     def source(row: Row) -> Source | str:
         return _bytes(row, next(iter(pictures[row.path][row.offset].values())))
 
-    return Blocks(blocks, source, Counter())
+    return Blocks(blocks, source, +notes)
 
 
 def _saved_entries(plain: Any, start: int, stop: int, more: dict[str, Any]) -> list[dict[str, Any] | str]:
@@ -139,7 +138,7 @@ def _parquet_blocks(
     for run in runs:
         stop = start + sum(groups[i] for i in run)
         read = partial(_parquet_entries, path, {i: groups[i] for i in run}, texts)
-        digest = digest_of(path.name, size, start, stop, split, config.missing_caption)
+        digest = digest_of(path.name, size, start, stop, split, config.caption_rules)
         scan = partial(_scan, path, path.name, start, stop, read, split, config)
         name = f"{path.name} rows {start} to {stop - 1}"
         blocks.append(Block(name, digest, _count(stop - start, split, config), scan))
@@ -171,8 +170,9 @@ def _scan(path: Path, name: str, start: int, stop: int, read: Entries, split: st
         if isinstance(entry, str):
             scan.rows.append(Row(path, (), key, fault=entry))
         elif split is None or str(entry.get("split")) == split:
-            fields = {k: _plain(v) for k, v in entry.items() if k not in CAPTION_FIELDS}
-            add_row(scan, config, Row(path, (), key, fields, offset=index), partial(captions_of, entry))
+            column = config.caption_column
+            fields = {k: _plain(v) for k, v in other_fields(entry, column).items()}
+            add_row(scan, config, Row(path, (), key, fields, offset=index), partial(captions_of, entry, column))
     scan.notes = +scan.notes
     return scan
 
@@ -181,8 +181,9 @@ def _plain(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _columns(path: Path, schema: pa.Schema) -> tuple[str, list[str]]:
-    """The column of pictures, and those of captions and plain values. Raises UserError where there is none."""
+def _columns(path: Path, schema: pa.Schema, config: DataConfig, notes: Counter[str]) -> tuple[str, list[str]]:
+    """The column of pictures, and those of captions and plain values; where captions are guessed to be is noted.
+    Raises UserError where there is none."""
     able = [f.name for f in schema if _holds_bytes(f.type)]
     named = [name for wanted in IMAGE_COLUMNS for name in able if name.lower() == wanted]
     found = named[:1] or (able if len(able) == 1 else [])
@@ -191,8 +192,11 @@ def _columns(path: Path, schema: pa.Schema) -> tuple[str, list[str]]:
         raise UserError(
             f"{place}; none is of pictures: bytes, or bytes and path, named {', '.join(IMAGE_COLUMNS)}\n{LAYOUTS}"
         )
-    check_captions(place, schema.names)
-    texts = [f.name for f in schema if f.name not in able and (f.name in CAPTION_FIELDS or _is_plain(f.type))]
+    words = [f.name for f in schema if f.name not in able and _is_text(f.type)]
+    note = check_captions(place, words, config.caption_column)
+    if note:
+        notes[note] += 1
+    texts = [f.name for f in schema if f.name not in able and (f.name in words or _is_plain(f.type))]
     return found[0], texts
 
 
@@ -204,6 +208,13 @@ def _holds_bytes(kind: pa.DataType) -> bool:
     if pa.types.is_struct(kind):
         return any(field.name == "bytes" and _is_binary(field.type) for field in kind)
     return _is_binary(kind)
+
+
+def _is_text(kind: pa.DataType) -> bool:
+    """Text, or lists of it."""
+    if pa.types.is_list(kind) or pa.types.is_large_list(kind):
+        kind = kind.value_type
+    return kind in (pa.string(), pa.large_string(), pa.string_view())
 
 
 def _is_plain(kind: pa.DataType) -> bool:
