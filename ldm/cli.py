@@ -23,6 +23,10 @@ app.add_typer(eval_app, name="eval")
 ckpt_app = typer.Typer(help="Look at the checkpoints of a run.", no_args_is_help=True)
 app.add_typer(ckpt_app, name="ckpt")
 
+Loras = Annotated[
+    list[str] | None,
+    typer.Option("--lora", metavar="[STAGE=]PATH[:WEIGHT]", help="A LoRA to add to a stage; may be repeated."),
+]
 Config = Annotated[Path, typer.Argument(help="A YAML file, such as configs/emoji/base.yaml.")]
 Set = Annotated[
     list[str] | None, typer.Option("--set", metavar="A.B=C", help="Override a config value; may be repeated.")
@@ -118,7 +122,8 @@ def train(
         bool, typer.Option("--shapes", help="With --dry-run: shapes and work alone; no data, weights or memory.")
     ] = False,
     preset: Annotated[
-        Literal["full", "sr"] | None, typer.Option(help="Of a data set: train the base (full), or the SR stage.")
+        Literal["full", "lora", "sr"] | None,
+        typer.Option(help="Of a data set: train all of the base, a LoRA of it, or the SR stage."),
     ] = None,
     model: Annotated[Path | None, typer.Option(help="Of a data set: where to begin; default: the shipped one.")] = None,
     overrides: Set = None,
@@ -210,6 +215,7 @@ def generate(
     ] = None,
     classifier_scale: Annotated[float, typer.Option(help="Of the classifier's gradient.")] = 1.0,
     clip_scale: Annotated[float, typer.Option(help="Of the gradient of CLIP's likeness to the prompt.")] = 0.0,
+    loras: Loras = None,
 ) -> None:
     """Draw pictures for prompts; the last line printed is the grid's path."""
     from pipelines.generate import generate
@@ -219,7 +225,7 @@ def generate(
     chosen = [name.strip() for name in stages.split(",") if name.strip()]
     done = generate(prompts, model, n, seed, steps, guidance, out, overwrite, overrides=overrides or (),
                     stages=chosen, keep_stages=keep_stages, best_of=best_of, clip=clip, negative=negative, weak=weak,
-                    steer=steer, tell=tell)  # fmt: skip
+                    steer=steer, loras=loras or (), tell=tell)  # fmt: skip
     typer.echo(str(done))
 
 
@@ -244,12 +250,13 @@ def edit(
     out: Annotated[Path, typer.Option(help="Folder for the pictures and grid.png.")] = Path("out"),
     overwrite: Overwrite = False,
     overrides: StageSet = None,
+    loras: Loras = None,
 ) -> None:
     """Draw from a picture on, all of it or what a mask marks; the last line printed is the grid's path."""
     from pipelines.edit import edit
 
     typer.echo(str(edit(picture, prompt, mask, model, strength, resamples, composite, n, seed, steps, guidance,
-                        negative, out, overwrite, overrides or (), tell=tell)))  # fmt: skip
+                        negative, out, overwrite, overrides or (), loras=loras or (), tell=tell)))  # fmt: skip
 
 
 @app.command()
@@ -295,6 +302,7 @@ def export(
     to: Annotated[Literal["diffusers"], typer.Option(help="Whose layout.")] = "diffusers",
     stage: Annotated[str | None, typer.Option(help="Which stage, of several.")] = None,
     dtype: Annotated[Literal["float16", "float32"], typer.Option(help="Of the weights.")] = "float16",
+    loras: Loras = None,
 ) -> None:
     """Write a stage as a folder that the stock pipeline of diffusers loads."""
     import torch
@@ -302,7 +310,7 @@ def export(
     from pipelines.cascade import load_cascade
     from pipelines.foreign import export_pipeline
 
-    cascade = load_cascade(model)
+    cascade = load_cascade(model).merged(loras or ())
     cascade = cascade if stage is None else cascade.only(stage)
     typer.echo(str(export_pipeline(cascade, out, torch.float16 if dtype == "float16" else torch.float32)))
 

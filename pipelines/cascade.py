@@ -8,6 +8,8 @@ per stage a folder with stage.json and unet/.
 
 from __future__ import annotations
 
+import hashlib
+import math
 import os
 import shutil
 import uuid
@@ -23,6 +25,7 @@ from torch import Tensor
 from ldm.conditioning import Conditioning
 from ldm.config import Config, UserError, apply_override, parse, to_dict
 from ldm.denoiser import Denoiser
+from ldm.lora import merge_lora
 from ldm.models.unet import build_unet
 from ldm.noise import NoiseSchedule
 from ldm.text import TextConfig, TextEncoder, load_text_encoder
@@ -172,6 +175,25 @@ class Cascade:
                     raise UserError(f"stage {stage.config.name}: {name} of the weaker model is another")
             stages.append(replace(stage, weak=other.denoiser))
         return replace(self, stages=stages, weak_digest=weak.digest)
+
+    def merged(self, loras: Sequence[str]) -> Cascade:
+        """With LoRAs added to its weights, each "PATH", "PATH:WEIGHT" or "STAGE=PATH:WEIGHT"; the first stage by
+        default, and 1. The networks are changed in place. Raises UserError where one does not fit, or is none."""
+        found = self
+        for item in loras:
+            head, sign, rest = item.partition("=")
+            named = sign == "=" and head.isidentifier()
+            place, _, number = (rest if named else item).rpartition(":")
+            try:
+                path, weight = (place, float(number)) if place else (number, 1.0)
+            except ValueError:
+                path, weight = f"{place}:{number}", 1.0
+            if not math.isfinite(weight):
+                raise UserError(f"--lora {item!a}: the weight must be a number")
+            stage = self.only(head).stages[0] if named else self.stages[0]
+            told = f"{stage.config.name} {merge_lora(stage.denoiser.net, Path(path), weight)} {weight!r}"
+            found = replace(found, digest=hashlib.sha256(f"{found.digest} {told}".encode()).hexdigest())
+        return found
 
     def recipe(self, prompt: str, seed: int, sampling: Sequence[SamplingConfig], negative: str = "") -> dict[str, Any]:
         """What makes a picture again: no time, path, host or number of companions."""

@@ -41,7 +41,7 @@ HALF = 128  # of a mask's grey: as light or lighter is the hole
 def edit(picture: str | Path, prompt: str, mask: str | Path | None = None, model: str | Path | None = None,
          strength: float | None = None, resamples: int = 10, composite: bool = True, n: int = 4, seed: int = 7,
          steps: int | None = None, guidance: float | None = None, negative: str = "", out: str | Path = "out",
-         overwrite: bool = False, overrides: Sequence[str] = (), device: str | None = None,
+         overwrite: bool = False, overrides: Sequence[str] = (), device: str | None = None, loras: Sequence[str] = (),
          tell: Callable[[str], None] = lambda line: None) -> Path:  # fmt: skip
     """Draw `n` pictures that begin from a file, with seed, seed + 1, ..., and write them with grid.png into `out`;
     returns the grid's path. In the grid the picture given stands first.
@@ -66,7 +66,7 @@ def edit(picture: str | Path, prompt: str, mask: str | Path | None = None, model
     if mask is not None:
         marked, digest = _marked(Path(mask), given, tell)
         told |= {"mask_sha256": digest, "resamples": resamples, "composite": composite}
-    cascade = drawing(model, (), device)
+    cascade = drawing(model, (), device, loras=loras)
     sampling = cascade.sampling(steps, guidance, overrides)
     for line in notes_of(cascade, [prompt], negative, sampling):
         tell(line)

@@ -30,7 +30,7 @@ def generate(prompts: Sequence[str], model: str | Path | None = None, n: int = 4
              overwrite: bool = False, device: str | None = None, overrides: Sequence[str] = (),
              stages: Sequence[str] = (), keep_stages: bool = False, best_of: int | None = None,
              clip: str | Path | None = None, negative: str = "", weak: str | Path | None = None,
-             steer: SteeringRequest | None = None,
+             steer: SteeringRequest | None = None, loras: Sequence[str] = (),
              tell: Callable[[str], None] = lambda line: None) -> Path:  # fmt: skip
     """Write `n` pictures per prompt and grid.png into `out`; returns the grid's path.
 
@@ -51,7 +51,7 @@ def generate(prompts: Sequence[str], model: str | Path | None = None, n: int = 4
     seed, out = seed_of(seed, tell), Path(out)
     names = [f"{k:04d}.png" for k in range(len(prompts) * n)] + ["grid.png"]
     check_out(out, names, overwrite)
-    cascade = drawing(model, stages, device, weak)
+    cascade = drawing(model, stages, device, weak, loras)
     kept = [stage.config.name for stage in cascade.stages[:-1]] if keep_stages else []
     names += [f"{k:04d}-{stage}.png" for k in range(len(prompts) * n) for stage in kept]
     check_out(out, names, overwrite)
@@ -105,11 +105,11 @@ def notes_of(cascade: Cascade, prompts: Sequence[str], negative: str, sampling: 
 
 
 def drawing(model: str | Path | None, stages: Sequence[str], device: str | None,
-            weak: str | Path | None = None) -> Cascade:  # fmt: skip
-    """A cascade (None: the shipped one), or some of its stages, on a device (None: the GPU where there is one).
-    Raises UserError where the first draws nothing by itself."""
+            weak: str | Path | None = None, loras: Sequence[str] = ()) -> Cascade:  # fmt: skip
+    """A cascade (None: the shipped one), or some of its stages, with LoRAs, on a device (None: the GPU where there is
+    one). Raises UserError where the first draws nothing by itself."""
     model, device = model or SHIPPED, device or ("cuda" if torch.cuda.is_available() else "cpu")
-    cascade = load_cascade(model, device)
+    cascade = load_cascade(model, device).merged(loras)
     cascade = cascade.only(*stages) if stages else cascade
     if cascade.stages[0].config.low_res is not None:
         name = cascade.stages[0].config.name

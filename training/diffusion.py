@@ -20,6 +20,7 @@ from ldm.denoiser import Denoiser, DenoiserConfig, check_together
 from ldm.draws import keyed_generator
 from ldm.inpainting import condition_known
 from ldm.latents import CodecConfig, LatentCodec, Normalisation, decode_rows
+from ldm.lora import LoraConfig, add_lora, save_lora
 from ldm.low_res import DegradationConfig, LowResConfig
 from ldm.models.unet import UNetConfig, build_unet, unet_shape
 from ldm.noise import NoiseScheduleConfig
@@ -80,6 +81,7 @@ class DiffusionRun(StageRun):
     dropout: the share of items whose text is replaced by the null, for classifier-free guidance.
     low_res: null for a base; upscaling: read where it is not. last: see `Frozen`. inpainting: the network is told what
     is known around a random hole, which for some items is all of the picture; pixels are cached then, and encoded anew.
+    lora: train a change of low rank to the network of `init`, and write that alone.
     posterior: train on draws of the codec's posterior, or on its means: with a codec whose posterior is wide, a network
     that learned the means makes latents free of that noise, and its own errors up to that size hardly show.
     """
@@ -101,11 +103,14 @@ class DiffusionRun(StageRun):
     last: float = 0.0
     inpainting: bool = False
     posterior: Literal["draw", "mean"] = "draw"
+    lora: LoraConfig | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.inpainting and self.low_res is not None:
             raise ValueError("inpainting is of a base: a stage that enlarges is told of a small picture")
+        if self.lora is not None and self.init is None:
+            raise ValueError("lora changes a network that has learned: say which with init")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout is a share, from 0 to below 1, not {self.dropout}")
         check_together(self.schedule, self.denoiser)
@@ -195,6 +200,9 @@ class DiffusionTask:
             file, released = _unet_file(Path(config.init), config.name), _released(Path(config.init), config.name)
             net = load_network(lambda: build_unet(config.unet, network), file)
             denoiser.net.load_state_dict(net.state_dict())
+        self._lora = config.lora
+        if config.lora is not None:
+            add_lora(denoiser.net, config.lora)
         unit = Normalisation(mean=(0.0,) * channels, std=(1.0,) * channels)
         frozen = Frozen(codec.module, unit, self.cache.null, config.dropout, config.low_res, config.upscaling,
                         config.last, config.inpainting, config.posterior)  # fmt: skip
@@ -269,8 +277,12 @@ class DiffusionTask:
         return small, to_uint8(decode_rows(frozen.codec, stored.float().chunk(2, 1)[0], 1))
 
     def export(self, module: nn.Module, folder: Path, facts: dict[str, Any]) -> None:
+        assert isinstance(module, DiffusionModule)
         with written_whole(folder) as partial:
-            self.cascade(module).save(partial)
+            if self._lora is None:
+                self.cascade(module).save(partial)
+            else:
+                save_lora(module.denoiser.net, self._lora, partial)
             write_json(partial / "training.json", facts)
 
 

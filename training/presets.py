@@ -17,16 +17,17 @@ from pipelines.stage import StageConfig
 from training.data import DataConfig, Reader
 from training.diffusion import DiffusionRun
 
-Preset = Literal["full", "sr"]
+Preset = Literal["full", "lora", "sr"]
 PROMPTS = 4
 PASSES, FEWEST, MOST = 40, 4_000, 40_000  # over the pictures, and images in all
 LARGE = 4  # levels of a U-Net that is trained as Stable Diffusion's are, with small steps
+_RATES = ((2e-4, 1e-5), (2e-3, 1e-4))  # of all weights, of LoRA's; each of a small and of a large network
 
 
 def tuning(pictures: Path, preset: Preset, model: str | Path | None = None,
            overrides: Sequence[str] = ()) -> DiffusionRun:  # fmt: skip
-    """A run that goes on training a stage of a cascade folder on other pictures, all of its weights: the base (full),
-    or its SR stage. Previews are of the first captions.
+    """A run that goes on training a stage of a cascade folder on other pictures: the base, all of its weights (full) or
+    a change of low rank (lora), or all of its SR stage (sr). Previews are of the first captions.
 
     Raises UserError for a model that is no cascade folder or has no such stage, and for data that cannot be used.
     """
@@ -45,7 +46,7 @@ def tuning(pictures: Path, preset: Preset, model: str | Path | None = None,
         **{part: to_dict(getattr(stage, part)) for part in ("unet", "schedule", "denoiser", "sampling")},
         "low_res": None if stage.low_res is None else to_dict(stage.low_res), "inpainting": stage.inpainting,
         "preview": {"prompts": list(dict.fromkeys(c for row in rows for c in row.captions[:1]))[:PROMPTS]},
-        "optim": {"lr": 1e-5 if len(stage.unet.widths) >= LARGE else 2e-4, "warmup_images": images // 20},
+        "optim": {"lr": _RATES[preset == "lora"][len(stage.unet.widths) >= LARGE], "warmup_images": images // 20},
         "ema": {"halflife_images": images // 10},
         "loop": {"images": images, "batch": 8, "log_every_images": images // 20, "preview_every_images": images // 4,
                  "save_every_images": images // 4},
@@ -55,6 +56,8 @@ def tuning(pictures: Path, preset: Preset, model: str | Path | None = None,
     data["codec"] = None if pixels else str(folder / stage.codec)
     if pixels:
         data |= {"unshuffle": codec["unshuffle"], "grey": codec.get("grey", False)}
+    if preset == "lora":
+        data["lora"] = {}
     for item in overrides:
         apply_override(data, item)
     made: DiffusionRun = parse(DiffusionRun, data, f"preset {preset}")
@@ -64,9 +67,9 @@ def tuning(pictures: Path, preset: Preset, model: str | Path | None = None,
 def _stage(folder: Path, cascade: CascadeConfig, preset: Preset) -> StageConfig:
     files = [folder / name / "stage.json" for name in cascade.stages]
     stages: list[StageConfig] = [parse(StageConfig, read_json(file), str(file)) for file in files]
-    found = next((s for s in stages if (s.low_res is None) == (preset == "full")), None)
+    found = next((s for s in stages if (s.low_res is None) == (preset != "sr")), None)
     if found is None:
-        wanted = "draws from text alone" if preset == "full" else "enlarges pictures"
+        wanted = "enlarges pictures" if preset == "sr" else "draws from text alone"
         raise UserError(f"{folder}: none of its stages {', '.join(cascade.stages)} {wanted}, which preset {preset} "
                         "trains")  # fmt: skip
     return found

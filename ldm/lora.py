@@ -1,0 +1,109 @@
+"""LoRA (Hu et al. 2021): a weight W is trained as W + (alpha / rank) B A, of which only B and A change.
+
+    network -> add_lora -> trained -> save_lora -> FOLDER/pytorch_lora_weights.safetensors -> merge_lora -> network
+
+The file is in the layout of diffusers and peft, so that stock pipelines load it: `unet.MODULE.lora_A.weight` and
+`.lora_B.weight`. Its alpha is its rank; another one is folded into B.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from ldm.config import Config, UserError
+from ldm.weights import check_weights_file, read_header
+
+LORA_FILE = "pytorch_lora_weights.safetensors"
+PREFIX = "unet."
+_KEY = re.compile(re.escape(PREFIX) + r"(.+)\.lora_(A|B)\.weight")
+_ADAPTER = "default"
+
+
+@dataclass(frozen=True)
+class LoraConfig(Config):
+    """rank of the change; alpha: it is scaled by alpha / rank, 1 by default; targets: names of the layers that are
+    changed, linear or convolutions, by default those of all attentions."""
+
+    rank: int = 8
+    alpha: float | None = None
+    targets: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0")
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.rank <= 1024:
+            raise ValueError(f"rank must be from 1 to 1024, not {self.rank}")
+        if self.alpha is not None and self.alpha <= 0:
+            raise ValueError(f"alpha must be positive, not {self.alpha:g}")
+        if not self.targets:
+            raise ValueError("targets must name a layer at least")
+
+    @property
+    def scale(self) -> float:
+        """Of B A."""
+        return 1.0 if self.alpha is None else self.alpha / self.rank
+
+
+def add_lora(network: nn.Module, config: LoraConfig) -> None:
+    """Give a diffusers network trainable B and A, which change nothing yet, and hold all else. Raises UserError where
+    no layer has such a name."""
+    from peft import LoraConfig as Peft  # takes seconds
+
+    alpha: Any = config.scale * config.rank  # a fraction is as good to peft
+    wanted = Peft(r=config.rank, lora_alpha=alpha, target_modules=list(config.targets))
+    try:
+        network.add_adapter(wanted, adapter_name=_ADAPTER)  # type: ignore[operator]
+    except ValueError as error:
+        raise UserError(f"lora.targets: {', '.join(config.targets)}: {error}") from None
+    for name, parameter in network.named_parameters():
+        parameter.requires_grad_(".lora_" in name)
+
+
+def save_lora(network: nn.Module, config: LoraConfig, folder: Path) -> None:
+    """Write what `add_lora` added, in float16."""
+    tensors = {}
+    for name, value in network.state_dict().items():
+        if ".lora_" in name:
+            value = value.detach().cpu() * (config.scale if ".lora_B." in name else 1.0)
+            tensors[PREFIX + name.replace(f".{_ADAPTER}.", ".")] = value.half().contiguous()
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(tensors, folder / LORA_FILE)
+
+
+def merge_lora(network: nn.Module, path: Path, weight: float) -> str:
+    """Add weight B A of a file, or of a folder with one, to a network's weights; returns the file's digest.
+
+    Raises UserError, naming the tensor, for a file that is none of a U-Net's LoRA, or of another network's.
+    """
+    file = path / LORA_FILE if path.is_dir() else path
+    check_weights_file(file)
+    shapes = read_header(file)
+    pairs: dict[str, dict[str, Tensor]] = {}
+    for name, value in load_file(file).items():
+        found = _KEY.fullmatch(name)
+        if found is None:
+            raise UserError(f"{file}: {name!a}: not of a U-Net's LoRA as diffusers and peft write it (unet.MODULE."
+                            "lora_A.weight): other layouts and text encoders' are not read")  # fmt: skip
+        pairs.setdefault(found[1], {})[found[2]] = value.float()
+    modules = dict(network.named_modules())
+    for name, pair in pairs.items():
+        layer = modules.get(name)
+        if not isinstance(layer, (nn.Linear, nn.Conv2d)):
+            raise UserError(f"{file}: {PREFIX}{name}: this network has no such layer")
+        if pair.keys() != {"A", "B"}:
+            raise UserError(f"{file}: {PREFIX}{name}: lora_A and lora_B go together")
+        a, b = pair["A"], pair["B"]
+        whole = (len(b), *a.shape[1:])
+        if b.flatten(1).shape[1] != len(a) or whole != tuple(layer.weight.shape):
+            raise UserError(f"{file}: {PREFIX}{name}: shapes {shapes[f'{PREFIX}{name}.lora_B.weight']} x "
+                            f"{tuple(a.shape)} are not those of its weight {tuple(layer.weight.shape)}")  # fmt: skip
+        with torch.no_grad():
+            change = (b.flatten(1) @ a.flatten(1)).view(whole)
+            layer.weight += weight * change.to(layer.weight)
+    return hashlib.sha256(file.read_bytes()).hexdigest()
