@@ -42,7 +42,8 @@ from ldm.weights import (
     save_network,
     write_json,
 )
-from pipelines.stage import Edit, OnStep, SamplingConfig, Stage, StageConfig, Steering
+from pipelines.settings import SamplingConfig, StageConfig
+from pipelines.stage import Edit, OnStep, Stage, Steering
 
 FORMAT = 1
 

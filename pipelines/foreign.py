@@ -31,7 +31,8 @@ from ldm.noise import NoiseSchedule
 from ldm.text import TextConfig, load_text_encoder
 from ldm.weights import NETWORK_FILE, Codec, folder_digest, load_network, read_json
 from pipelines.cascade import Cascade
-from pipelines.stage import SamplingConfig, Stage, StageConfig
+from pipelines.settings import SamplingConfig, StageConfig
+from pipelines.stage import Stage
 
 INDEX = "model_index.json"
 BASE, UPSCALER = "StableDiffusionPipeline", "StableDiffusionUpscalePipeline"

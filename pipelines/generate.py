@@ -16,7 +16,7 @@ from ldm.progress import advancing
 from pipelines.cascade import Cascade, load_cascade
 from pipelines.images import grid, save_png, to_uint8
 from pipelines.ranking import load_ranker, most_like
-from pipelines.stage import MAX_GUIDANCE, MAX_STEPS, SamplingConfig
+from pipelines.settings import MAX_GUIDANCE, MAX_STEPS, SamplingConfig
 from pipelines.steering import SteeringRequest, steering
 
 SHIPPED = Path(__file__).parent / "weights" / "emoji"

@@ -22,7 +22,7 @@ from ldm.progress import advancing
 from pipelines.cascade import Cascade, load_cascade
 from pipelines.generate import MAX_PROMPT_CHARS, MAX_SEED, SHIPPED, check_out, prompt_notes, seed_of, writing
 from pipelines.images import save_png, to_uint8
-from pipelines.stage import SamplingConfig
+from pipelines.settings import SamplingConfig
 
 Picture = npt.NDArray[np.uint8]
 MAX_OUTPUT_PIXELS = 2**26

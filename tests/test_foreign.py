@@ -22,7 +22,7 @@ from ldm.interop import read_scheduler, write_scheduler
 from pipelines.cascade import Cascade, load_cascade
 from pipelines.foreign import export_pipeline, load_pipeline
 from pipelines.images import to_uint8
-from pipelines.stage import SamplingConfig
+from pipelines.settings import SamplingConfig
 from tests.tiny_text import tiny_clip
 
 PROMPT, NEGATIVE, SEEDS, STEPS, GUIDANCE = "a red cat", "blue dog", [3, 4], 5, 5.0

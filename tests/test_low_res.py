@@ -19,7 +19,7 @@ import pipelines.stage
 import training.steps
 from ldm.conditioning import Conditioning
 from ldm.low_res import DegradationConfig, LowResConfig, condition_low_res, degrade
-from pipelines.stage import SamplingConfig
+from pipelines.settings import SamplingConfig
 from tests.tiny import EMOJI, PIXELS, tiny_task
 from training.data import DataConfig, Reader
 from training.diffusion import DiffusionTask

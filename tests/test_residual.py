@@ -16,7 +16,7 @@ import pipelines.stage
 import training.steps
 from ldm.conditioning import Conditioning
 from ldm.low_res import DegradationConfig, LowResConfig, degrade, local_contrast
-from pipelines.stage import SamplingConfig
+from pipelines.settings import SamplingConfig
 from tests.tiny import PIXELS, tiny_task
 from training.loader import BatchOrder
 from training.steps import diffusion_inputs, planes

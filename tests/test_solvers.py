@@ -28,7 +28,7 @@ from ldm.grids import GRIDS, karras_grid, log_snr_grid, uniform_grid
 from ldm.noise import NoiseSchedule, NoiseScheduleConfig
 from ldm.sampling import SAMPLERS, ddim, dpmpp_2m_sde, euler, heun, unipc
 from pipelines.cascade import load_cascade
-from pipelines.stage import SamplingConfig
+from pipelines.settings import SamplingConfig
 from tests.trajectories import (
     PREDICTION_TYPE,
     SHAPE,

@@ -15,7 +15,7 @@ from ldm.config import UserError
 from pipelines import upscale as module
 from pipelines.cascade import Cascade, load_cascade
 from pipelines.images import read_recipe, to_uint8
-from pipelines.stage import SamplingConfig
+from pipelines.settings import SamplingConfig
 from pipelines.tiles import Window, blended, windows
 from pipelines.upscale import enlarging, photographic, upscale
 from tests.tiny import save_tiny_sr

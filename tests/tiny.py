@@ -18,7 +18,8 @@ from ldm.noise import NoiseScheduleConfig
 from ldm.text import TextConfig, load_text_encoder
 from ldm.weights import Codec
 from pipelines.cascade import Cascade
-from pipelines.stage import SamplingConfig, Stage, StageConfig, build_denoiser
+from pipelines.settings import SamplingConfig, StageConfig
+from pipelines.stage import Stage, build_denoiser
 from tests.tiny_text import TINY
 from training.diffusion import DiffusionTask
 from training.tasks import RunConfig, build_task

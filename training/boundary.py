@@ -25,7 +25,8 @@ from ldm.latents import LatentCodec
 from ldm.low_res import DegradationConfig, degrade
 from pipelines.cascade import Cascade
 from pipelines.images import to_uint8
-from pipelines.stage import SamplingConfig, Stage
+from pipelines.settings import SamplingConfig
+from pipelines.stage import Stage
 from training.data import Example
 from training.features import Features
 from training.metrics import psnr, ssim

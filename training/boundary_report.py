@@ -16,7 +16,8 @@ from ldm.weights import write_json
 from pipelines.cascade import Cascade, load_cascade
 from pipelines.generate import check_out
 from pipelines.images import grid, save_png, to_uint8
-from pipelines.stage import SamplingConfig, Stage, StageConfig
+from pipelines.settings import SamplingConfig, StageConfig
+from pipelines.stage import Stage
 from training.boundary import (
     Held,
     after_base,

@@ -28,7 +28,8 @@ from ldm.text import TextConfig, TextEncoder, load_text_encoder
 from ldm.weights import NETWORK_FILE, Codec, load_codec, load_network, read_json, write_json
 from pipelines.cascade import Cascade
 from pipelines.images import grid, save_png, to_uint8
-from pipelines.stage import SamplingConfig, Stage, StageConfig, build_denoiser
+from pipelines.settings import SamplingConfig, StageConfig
+from pipelines.stage import Stage, build_denoiser
 from training.cache import Cache
 from training.data import Reader
 from training.encoders import LatentSums

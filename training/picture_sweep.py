@@ -17,7 +17,7 @@ from ldm.weights import write_json
 from pipelines.cascade import Cascade, load_cascade
 from pipelines.generate import check_out
 from pipelines.images import grid, save_png, to_uint8
-from pipelines.stage import SamplingConfig
+from pipelines.settings import SamplingConfig
 from training.boundary_report import settings_of
 from training.data import DataConfig, Reader
 from training.environment import environment, prepare_process

@@ -13,7 +13,7 @@ from ldm.config import UserError, apply_override, parse, to_dict
 from ldm.weights import read_json
 from pipelines.cascade import CascadeConfig
 from pipelines.generate import SHIPPED
-from pipelines.stage import StageConfig
+from pipelines.settings import StageConfig
 from training.data import DataConfig, Reader
 from training.diffusion import DiffusionRun
 
