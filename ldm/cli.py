@@ -122,8 +122,8 @@ def train(
         bool, typer.Option("--shapes", help="With --dry-run: shapes and work alone; no data, weights or memory.")
     ] = False,
     preset: Annotated[
-        Literal["full", "lora", "sr"] | None,
-        typer.Option(help="Of a data set: train all of the base, a LoRA of it, or the SR stage."),
+        Literal["full", "lora", "control", "sr"] | None,
+        typer.Option(help="Of a data set: train all of the base, a LoRA of it, a ControlNet for it, or the SR stage."),
     ] = None,
     model: Annotated[Path | None, typer.Option(help="Of a data set: where to begin; default: the shipped one.")] = None,
     overrides: Set = None,
@@ -216,16 +216,25 @@ def generate(
     classifier_scale: Annotated[float, typer.Option(help="Of the classifier's gradient.")] = 1.0,
     clip_scale: Annotated[float, typer.Option(help="Of the gradient of CLIP's likeness to the prompt.")] = 0.0,
     loras: Loras = None,
+    control: Annotated[Path | None, typer.Option(help="A ControlNet's folder, to be told of --control-from.")] = None,
+    control_from: Annotated[Path | None, typer.Option(help="A picture whose edges, or colours, are kept to.")] = None,
+    control_scale: Annotated[float, typer.Option(help="How much the ControlNet adds.")] = 1.0,
 ) -> None:
     """Draw pictures for prompts; the last line printed is the grid's path."""
-    from pipelines.generate import generate
+    from ldm.config import UserError
+    from pipelines.control import ControlRequest
+    from pipelines.generate import ModelRequest, generate
     from pipelines.steering import SteeringRequest
+
+    if (control is None) != (control_from is None):
+        raise UserError("--control and --control-from go together: a ControlNet's folder, and a picture for it")
+    told = ControlRequest(control, control_from, control_scale) if control and control_from else None
 
     steer = SteeringRequest(classifier, toward or (), classifier_scale, clip, clip_scale)
     chosen = [name.strip() for name in stages.split(",") if name.strip()]
-    done = generate(prompts, model, n, seed, steps, guidance, out, overwrite, overrides=overrides or (),
-                    stages=chosen, keep_stages=keep_stages, best_of=best_of, clip=clip, negative=negative, weak=weak,
-                    steer=steer, loras=loras or (), tell=tell)  # fmt: skip
+    networks = ModelRequest(model, chosen, None, weak, loras or (), told)
+    done = generate(prompts, networks, n, seed, steps, guidance, out, overwrite, overrides or (), keep_stages, best_of,
+                    clip, negative, steer, tell)  # fmt: skip
     typer.echo(str(done))
 
 
@@ -254,9 +263,11 @@ def edit(
 ) -> None:
     """Draw from a picture on, all of it or what a mask marks; the last line printed is the grid's path."""
     from pipelines.edit import edit
+    from pipelines.generate import ModelRequest
 
-    typer.echo(str(edit(picture, prompt, mask, model, strength, resamples, composite, n, seed, steps, guidance,
-                        negative, out, overwrite, overrides or (), loras=loras or (), tell=tell)))  # fmt: skip
+    networks = ModelRequest(model, loras=loras or ())
+    typer.echo(str(edit(picture, prompt, mask, networks, strength, resamples, composite, n, seed, steps, guidance,
+                        negative, out, overwrite, overrides or (), tell=tell)))  # fmt: skip
 
 
 @app.command()

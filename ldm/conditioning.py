@@ -16,13 +16,14 @@ from torch import Tensor
 class Conditioning:
     """Text states (B, L, D) float32 with a mask (B, L) of real tokens, or None where all tokens count; what
     `condition_low_res` makes of small pictures, (B, C, h, w), with the level (B,) of the noise in it; what
-    `condition_known` makes of pictures with a hole, (B, C + 1, h, w)."""
+    `condition_known` makes of pictures with a hole, (B, C + 1, h, w); what a ControlNet is told, (B, 3, H, W)."""
 
     text: Tensor | None = None
     text_mask: Tensor | None = None
     low_res: Tensor | None = None
     level: Tensor | None = None
     known: Tensor | None = None
+    control: Tensor | None = None
 
     def __len__(self) -> int:
         for value in self._members().values():

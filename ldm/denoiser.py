@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -212,7 +212,7 @@ class Denoiser(nn.Module):
 
     `uncertainty` is trained with the network where the weighting is "learned", and None otherwise; what it learns
     is of no use to inference. `gaps` are logarithms of the shares of log-SNR that the pieces of a learned schedule
-    take, which training moves, None for any other.
+    take, which training moves, None for any other. `control` is a ControlNet, what it adds times `control_scale`.
     """
 
     def __init__(self, net: nn.Module, schedule: NoiseSchedule, config: DenoiserConfig) -> None:
@@ -220,6 +220,8 @@ class Denoiser(nn.Module):
         self.net = net
         self.config = config
         self.uncertainty = Uncertainty() if config.weighting == "learned" else None
+        self.control: nn.Module | None = None
+        self.control_scale = 1.0
         self._given, self.gaps = schedule, None
         if schedule.config.kind == "learned":
             self.gaps = nn.Parameter((-schedule.knots.diff()).log().float())
@@ -309,6 +311,15 @@ class Denoiser(nn.Module):
         found = self._mean_weights(t)
         return None if found is None else (per_item(found[0], x), per_item(found[1], x))
 
+    def _controlled(self, x: Tensor, time: Tensor, text: Tensor | None, pictures: Tensor | None) -> dict[str, Any]:
+        """What the ControlNet adds to the network."""
+        if pictures is None:
+            return {}
+        if self.control is None:
+            raise ValueError("there is a control picture, and no ControlNet to be told of it")
+        down, mid = self.control(x, time, text, pictures.to(x), self.control_scale, return_dict=False)
+        return {"down_block_additional_residuals": down, "mid_block_additional_residual": mid}
+
     def _level_label(self, level: Tensor, like: Tensor) -> Tensor:
         """What the network is told of the noise in small pictures: thousandths, or the place in its table, whose entry
         k is of level (k + 1) / entries."""
@@ -328,13 +339,16 @@ class Denoiser(nn.Module):
         dtype = next(self.net.parameters()).dtype
         # without self-attention, diffusers' first attention of a block sees the text too, under the other mask
         own = cond.text_mask if getattr(getattr(self.net, "config", None), "only_cross_attention", False) else None
+        x, time = x.to(dtype), self.schedule.network_time(t).to(x.device)
+        text = None if cond.text is None else cond.text.to(dtype)
         out: Tensor = self.net(
-            x.to(dtype),
-            self.schedule.network_time(t).to(x.device),
-            encoder_hidden_states=None if cond.text is None else cond.text.to(dtype),
+            x,
+            time,
+            encoder_hidden_states=text,
             encoder_attention_mask=cond.text_mask,
             attention_mask=own,
             class_labels=None if cond.level is None else self._level_label(cond.level, x),
+            **self._controlled(x, time, text, cond.control),
         ).sample
         return out.to(torch.promote_types(x_t.dtype, torch.float32))
 

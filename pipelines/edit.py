@@ -6,42 +6,38 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
 import torch
-from PIL import Image
 
 from ldm.config import UserError
-from ldm.decode import BadImage, Source, read_image, read_regular
 from ldm.progress import advancing
 from pipelines.cascade import Cascade
 from pipelines.generate import (
     MAX_PROMPT_CHARS,
+    Model,
     check_out,
     check_request,
-    drawing,
     notes_of,
+    request_of,
     seed_of,
     writing,
 )
+from pipelines.given import Pixels, read_file, squared
 from pipelines.images import grid, save_png, to_uint8
 from pipelines.stage import Edit
-from pipelines.upscale import MAX_FILE_BYTES, MAX_OUTPUT_PIXELS
 
-Pixels = npt.NDArray[np.uint8]
 MAX_RESAMPLES = 100
 HALF = 128  # of a mask's grey: as light or lighter is the hole
 
 
-def edit(picture: str | Path, prompt: str, mask: str | Path | None = None, model: str | Path | None = None,
+def edit(picture: str | Path, prompt: str, mask: str | Path | None = None, model: Model = None,
          strength: float | None = None, resamples: int = 10, composite: bool = True, n: int = 4, seed: int = 7,
          steps: int | None = None, guidance: float | None = None, negative: str = "", out: str | Path = "out",
-         overwrite: bool = False, overrides: Sequence[str] = (), device: str | None = None, loras: Sequence[str] = (),
+         overwrite: bool = False, overrides: Sequence[str] = (),
          tell: Callable[[str], None] = lambda line: None) -> Path:  # fmt: skip
     """Draw `n` pictures that begin from a file, with seed, seed + 1, ..., and write them with grid.png into `out`;
     returns the grid's path. In the grid the picture given stands first.
@@ -60,19 +56,19 @@ def edit(picture: str | Path, prompt: str, mask: str | Path | None = None, model
     seed, out = seed_of(seed, tell), Path(out)
     names = [*(f"{k:04d}.png" for k in range(n)), "grid.png"]
     check_out(out, names, overwrite)
-    given, digest = _read(Path(picture), tell)
+    given, digest = read_file(Path(picture), tell)
     told = {"sha256": digest, "strength": strength}
     marked = None
     if mask is not None:
         marked, digest = _marked(Path(mask), given, tell)
         told |= {"mask_sha256": digest, "resamples": resamples, "composite": composite}
-    cascade = drawing(model, (), device, loras=loras)
+    cascade = request_of(model).load(tell)
     sampling = cascade.sampling(steps, guidance, overrides)
     for line in notes_of(cascade, [prompt], negative, sampling):
         tell(line)
     prompt, negative = prompt[:MAX_PROMPT_CHARS], negative[:MAX_PROMPT_CHARS]
-    large = _squared(given, cascade.stages[-1].config.resolution_px)
-    where = None if marked is None else _squared(marked, len(large))
+    large = squared(given, cascade.stages[-1].config.resolution_px)
+    where = None if marked is None else squared(marked, len(large))
     begun = _begun(cascade, large, where, strength, resamples, n)
     try:
         times = [cascade.stages[0].times(sampling[0], begun)]
@@ -95,7 +91,7 @@ def edit(picture: str | Path, prompt: str, mask: str | Path | None = None, model
 
 def _marked(mask: Path, given: Pixels, tell: Callable[[str], None]) -> tuple[Pixels, str]:
     """A mask's file: (H, W, 3), 255 where a picture is to be made new and else 0, and the digest of the file."""
-    shade, digest = _read(mask, tell)
+    shade, digest = read_file(mask, tell)
     if shade.shape != given.shape:
         raise UserError(f"{mask}: {shade.shape[1]} x {shade.shape[0]}, but the picture is {given.shape[1]} x "
                         f"{given.shape[0]}; a mask has the picture's size")  # fmt: skip
@@ -103,31 +99,6 @@ def _marked(mask: Path, given: Pixels, tell: Callable[[str], None]) -> tuple[Pix
     if not hole.any():
         raise UserError(f"{mask}: nothing in it is white, so there is nothing to make new")
     return np.repeat(hole, 3, 2).astype(np.uint8) * 255, digest
-
-
-def _read(source: Path, tell: Callable[[str], None]) -> tuple[Pixels, str]:
-    """A picture file: (H, W, 3) on white, and the digest of the file."""
-    try:
-        data = read_regular(source, MAX_FILE_BYTES)
-        pixels, notes = read_image(Source(str(source), data=data), max_pixels=MAX_OUTPUT_PIXELS)
-    except OSError as error:
-        raise UserError(f"{source}: cannot be read ({error.strerror})") from None
-    except BadImage as error:
-        raise UserError(f"{source}: {error}") from None
-    for note in notes:
-        tell(f"{source}: {note}")
-    return pixels, hashlib.sha256(data).hexdigest()
-
-
-def _squared(pixels: Pixels, side_px: int) -> Pixels:
-    """The centre square at `side_px`: by area for whole factors, else Lanczos."""
-    height, width = pixels.shape[:2]
-    side = min(height, width)
-    top, left = (height - side) // 2, (width - side) // 2
-    cut = Image.fromarray(pixels[top : top + side, left : left + side])
-    if side % side_px == 0:
-        return np.array(cut.reduce(side // side_px))
-    return np.array(cut.resize((side_px, side_px), Image.Resampling.LANCZOS))
 
 
 def _begun(cascade: Cascade, large: Pixels, where: Pixels | None, strength: float, resamples: int, n: int) -> Edit:

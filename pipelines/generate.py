@@ -7,6 +7,7 @@ import os
 import secrets
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -14,6 +15,7 @@ import torch
 from ldm.config import UserError
 from ldm.progress import advancing
 from pipelines.cascade import Cascade, load_cascade
+from pipelines.control import ControlRequest, controlled
 from pipelines.images import grid, save_png, to_uint8
 from pipelines.ranking import load_ranker, most_like
 from pipelines.settings import MAX_GUIDANCE, MAX_STEPS, SamplingConfig
@@ -25,22 +27,53 @@ MAX_PIXELS = 2**26
 MAX_PROMPT_CHARS = 20_000
 
 
-def generate(prompts: Sequence[str], model: str | Path | None = None, n: int = 4, seed: int = 7,
+@dataclass(frozen=True)
+class ModelRequest:
+    """Which networks draw, and where. folder: a cascade, None for the shipped one; stages: the names of those to run,
+    all by default; device: None is the GPU where there is one; weak: a cascade whose stages, less trained or smaller,
+    those of the same names are guided against where overrides say so, as "base.guided=network"; loras: as of
+    `Cascade.merged`; control: of the first stage."""
+
+    folder: str | Path | None = None
+    stages: Sequence[str] = ()
+    device: str | None = None
+    weak: str | Path | None = None
+    loras: Sequence[str] = ()
+    control: ControlRequest | None = None
+
+    def load(self, tell: Callable[[str], None]) -> Cascade:
+        """Raises UserError for what cannot be used, and where the first stage draws nothing by itself."""
+        device = self.device or ("cuda" if torch.cuda.is_available() else "cpu")
+        cascade = load_cascade(self.folder or SHIPPED, device).merged(self.loras)
+        cascade = cascade.only(*self.stages) if self.stages else cascade
+        if cascade.stages[0].config.low_res is not None:
+            name = cascade.stages[0].config.name
+            raise UserError(f"stage {name} enlarges pictures and draws none: `ldm upscale` runs it")
+        cascade = cascade if self.weak is None else cascade.weakened(load_cascade(self.weak, device))
+        return cascade if self.control is None else controlled(cascade, self.control, tell)
+
+
+Model = str | Path | ModelRequest | None
+
+
+def request_of(model: Model) -> ModelRequest:
+    """A folder alone as a request."""
+    return model if isinstance(model, ModelRequest) else ModelRequest(model)
+
+
+def generate(prompts: Sequence[str], model: Model = None, n: int = 4, seed: int = 7,
              steps: int | None = None, guidance: float | None = None, out: str | Path = "out",
-             overwrite: bool = False, device: str | None = None, overrides: Sequence[str] = (),
-             stages: Sequence[str] = (), keep_stages: bool = False, best_of: int | None = None,
-             clip: str | Path | None = None, negative: str = "", weak: str | Path | None = None,
-             steer: SteeringRequest | None = None, loras: Sequence[str] = (),
+             overwrite: bool = False, overrides: Sequence[str] = (), keep_stages: bool = False,
+             best_of: int | None = None, clip: str | Path | None = None, negative: str = "",
+             steer: SteeringRequest | None = None,
              tell: Callable[[str], None] = lambda line: None) -> Path:  # fmt: skip
     """Write `n` pictures per prompt and grid.png into `out`; returns the grid's path.
 
     Picture i of prompt j is file j n + i, made with seed + i; seed -1 draws one at random, which the pictures'
-    metadata record. device: None is the GPU where there is one. steps and guidance are those of the first stage;
-    overrides set anything of any, such as "sr.steps=4". stages: the names of those to run, all by default;
-    keep_stages: write each stage's picture too, as 0000-base.png. best_of: draw so many of each prompt, with seed,
-    seed + 1, ..., and keep the `n` that the CLIP in the folder `clip` finds most like it, best first. negative: a
-    prompt to guide away from. weak: a cascade whose stages, less trained or smaller, those of the same names are
-    guided against where overrides say so, as "base.guided=network". steer: what else guides the first stage.
+    metadata record. steps and guidance are those of the first stage; overrides set anything of any, such as
+    "sr.steps=4". keep_stages: write each stage's picture too, as 0000-base.png. best_of: draw so many of each prompt,
+    with seed, seed + 1, ..., and keep the `n` that the CLIP in the folder `clip` finds most like it, best first.
+    negative: a prompt to guide away from. steer: what else guides the first stage.
     tell: gets a line for each thing the user should know (truncation, empty prompts, the seed).
     Raises UserError, before any work, for values out of range, a model that cannot be used, or files in the way.
     """
@@ -51,7 +84,7 @@ def generate(prompts: Sequence[str], model: str | Path | None = None, n: int = 4
     seed, out = seed_of(seed, tell), Path(out)
     names = [f"{k:04d}.png" for k in range(len(prompts) * n)] + ["grid.png"]
     check_out(out, names, overwrite)
-    cascade = drawing(model, stages, device, weak, loras)
+    cascade = request_of(model).load(tell)
     kept = [stage.config.name for stage in cascade.stages[:-1]] if keep_stages else []
     names += [f"{k:04d}-{stage}.png" for k in range(len(prompts) * n) for stage in kept]
     check_out(out, names, overwrite)
@@ -102,19 +135,6 @@ def notes_of(cascade: Cascade, prompts: Sequence[str], negative: str, sampling: 
     if negative and all(options.guidance == 1 for options in sampling):
         notes.append("the negative prompt is not used: there is no guidance at 1")
     return notes
-
-
-def drawing(model: str | Path | None, stages: Sequence[str], device: str | None,
-            weak: str | Path | None = None, loras: Sequence[str] = ()) -> Cascade:  # fmt: skip
-    """A cascade (None: the shipped one), or some of its stages, with LoRAs, on a device (None: the GPU where there is
-    one). Raises UserError where the first draws nothing by itself."""
-    model, device = model or SHIPPED, device or ("cuda" if torch.cuda.is_available() else "cpu")
-    cascade = load_cascade(model, device).merged(loras)
-    cascade = cascade.only(*stages) if stages else cascade
-    if cascade.stages[0].config.low_res is not None:
-        name = cascade.stages[0].config.name
-        raise UserError(f"stage {name} enlarges pictures and draws none: `ldm upscale` runs it")
-    return cascade if weak is None else cascade.weakened(load_cascade(weak, device))
 
 
 @contextmanager

@@ -59,7 +59,8 @@ class Stage:
     """A denoiser with its codec, its statistics and its sampling defaults.
 
     tile_px: side of the tiles that larger pictures are drawn in; None is the size it was trained on. weak: a denoiser
-    of the same latents, less trained or smaller, for autoguidance.
+    of the same latents, less trained or smaller, for autoguidance. control: what its denoiser's ControlNet is told,
+    (1, 3, H, W) for all pictures, or one for each of those asked for.
     """
 
     config: StageConfig
@@ -67,6 +68,7 @@ class Stage:
     codec: Codec
     tile_px: int | None = None
     weak: Denoiser | None = None
+    control: Tensor | None = None
 
     @property
     def device(self) -> torch.device:
@@ -133,13 +135,16 @@ class Stage:
         for start in range(0, len(seeds), sampling.rows):
             chunk = list(seeds[start : start + sampling.rows])
             index = torch.tensor([*range(start, start + len(chunk)), *[start] * (sampling.rows - len(chunk))])
-            own = [seeds[i] for i in index.tolist()]
+            chosen = [seeds[i] for i in index.tolist()]
             small = None if low_res is None else low_res[index].to(self.device)
             edited = None if edit is None else edit[index]
-            draws = self._draws(own)
+            draws = self._draws(chosen)
             bound, against = self._bind(cond[index], null, draws, sampling, grid, small)
+            if self.control is not None:
+                told = self.control.expand(len(seeds), -1, -1, -1)[index].to(self.device)
+                bound, against = (each.join(Conditioning(control=told)) for each in (bound, against))
             if self.config.inpainting:
-                known = self._known(edited, len(own), grid)
+                known = self._known(edited, len(chosen), grid)
                 bound, against = bound.join(known), against.join(known)
             guided = self._guided(sampling, against, Update(sampling.update))
             predict = partial(guided if steer is None else steer(guided, index.tolist()), cond=bound)

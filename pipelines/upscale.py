@@ -21,12 +21,11 @@ from ldm.decode import BadImage, Source, read_layers, read_regular
 from ldm.progress import advancing
 from pipelines.cascade import Cascade, load_cascade
 from pipelines.generate import MAX_PROMPT_CHARS, MAX_SEED, SHIPPED, check_out, prompt_notes, seed_of, writing
+from pipelines.given import MAX_FILE_BYTES, MAX_PIXELS
 from pipelines.images import save_png, to_uint8
 from pipelines.settings import SamplingConfig
 
 Picture = npt.NDArray[np.uint8]
-MAX_OUTPUT_PIXELS = 2**26
-MAX_FILE_BYTES = 2**30
 MAX_TILE_PX = 2048
 FLAT_SHARE = 0.2  # of a drawing, more neighbouring pixels are equal
 # what a plan says of memory: the program with its weights, copies of the widest level in one call of a network,
@@ -165,10 +164,10 @@ class _Read(NamedTuple):
 def _job(source: Path, out: Path, scale: int) -> Job:
     read = _read(source)
     height, width = read.colour.shape[:2]
-    if height * width * scale**2 > MAX_OUTPUT_PIXELS:
+    if height * width * scale**2 > MAX_PIXELS:
         raise UserError(
             f"{source}: {width} x {height} enlarged {scale} times is {width * scale} x {height * scale}; at most "
-            f"{MAX_OUTPUT_PIXELS} pixels are made, of {MAX_OUTPUT_PIXELS // scale**2}: crop or shrink it"
+            f"{MAX_PIXELS} pixels are made, of {MAX_PIXELS // scale**2}: crop or shrink it"
         )
     return Job(source, out / f"{source.stem}.png", width, height, read.alpha is not None)
 
@@ -176,7 +175,7 @@ def _job(source: Path, out: Path, scale: int) -> Job:
 def _read(source: Path) -> _Read:
     try:
         data = read_regular(source, MAX_FILE_BYTES)
-        colour, alpha, notes = read_layers(Source(str(source), data=data), max_pixels=MAX_OUTPUT_PIXELS)
+        colour, alpha, notes = read_layers(Source(str(source), data=data), max_pixels=MAX_PIXELS)
     except OSError as error:
         raise UserError(f"{source}: cannot be read ({error.strerror})") from None
     except BadImage as error:

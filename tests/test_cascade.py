@@ -14,7 +14,7 @@ from PIL import Image
 from ldm.config import UserError, load, to_dict
 from ldm.weights import read_json, write_json
 from pipelines.cascade import Cascade, join, load_cascade
-from pipelines.generate import generate
+from pipelines.generate import ModelRequest, generate
 from pipelines.images import to_uint8
 from training.run import train
 from training.tasks import RunConfig
@@ -123,11 +123,11 @@ def test_every_picture_can_be_kept(three: Path, cascade: Cascade, tmp_path: Path
     for stage, suffix in zip(drawn, ("-base", "-middle", ""), strict=True):
         with Image.open(tmp_path / f"out/0001{suffix}.png") as image:
             assert np.array_equal(np.array(image), to_uint8(stage)[1])
-    generate(PROMPTS[:1], three, n=1, out=tmp_path / "base", stages=["base"])
+    generate(PROMPTS[:1], ModelRequest(three, ["base"]), n=1, out=tmp_path / "base")
     with Image.open(tmp_path / "base/0000.png") as image:
         assert image.size == (16, 16)
     with pytest.raises(UserError, match="enlarges pictures and draws none"):
-        generate(PROMPTS[:1], three, n=1, out=tmp_path / "sr", stages=["sr"])
+        generate(PROMPTS[:1], ModelRequest(three, ["sr"]), n=1, out=tmp_path / "sr")
 
 
 class TestParts:

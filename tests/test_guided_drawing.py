@@ -13,14 +13,14 @@ from PIL import Image
 
 from ldm.config import UserError
 from pipelines.cascade import load_cascade
-from pipelines.generate import generate
+from pipelines.generate import ModelRequest, generate
 from pipelines.images import read_recipe
 from tests.tiny import save_tiny_sr, tiny_cascade
 
 PROMPT = "a red heart, noto style"
 
 
-def drawn(model: Path, out: Path, **options: Any) -> tuple[np.ndarray, dict[str, Any]]:
+def drawn(model: Path | ModelRequest, out: Path, **options: Any) -> tuple[np.ndarray, dict[str, Any]]:
     """A picture and its recipe."""
     generate([PROMPT], model, n=1, out=out, **options)
     recipe = read_recipe(out / "0000.png")
@@ -77,14 +77,15 @@ def test_autoguidance_by_a_weaker_cascade(tiny_folder: Path, tmp_path: Path) -> 
             parameter.mul_(0.9)
     weak.save(tmp_path / "weak")
     plain, _ = drawn(tiny_folder, tmp_path / "a", guidance=1.0)
-    asked: dict[str, Any] = {"weak": tmp_path / "weak", "overrides": ["base.guided=network"]}
-    guided, recipe = drawn(tiny_folder, tmp_path / "b", guidance=2.0, **asked)
+    asked: dict[str, Any] = {"overrides": ["base.guided=network"]}
+    beside = ModelRequest(tiny_folder, weak=tmp_path / "weak")
+    guided, recipe = drawn(beside, tmp_path / "b", guidance=2.0, **asked)
     assert not np.array_equal(plain, guided)
     assert recipe["stages"][0]["guided"] == "network"
     assert recipe["weak"] == load_cascade(tmp_path / "weak").digest
-    none, _ = drawn(tiny_folder, tmp_path / "c", guidance=1.0, **asked)
+    none, _ = drawn(beside, tmp_path / "c", guidance=1.0, **asked)
     assert np.array_equal(plain, none)
-    itself, _ = drawn(tiny_folder, tmp_path / "d", guidance=7.0, weak=tiny_folder, overrides=["base.guided=network"])
+    itself, _ = drawn(ModelRequest(tiny_folder, weak=tiny_folder), tmp_path / "d", guidance=7.0, **asked)
     assert np.abs(itself.astype(int) - plain).max() <= 1, "a network tells nothing against itself"
 
 
@@ -93,7 +94,7 @@ def test_what_cannot_guide_is_refused(tiny_folder: Path, tmp_path: Path) -> None
         generate([PROMPT], tiny_folder, out=tmp_path / "a", overrides=["base.guided=network"])
     sr = save_tiny_sr(tmp_path)
     with pytest.raises(UserError, match="weaker model has"):
-        generate([PROMPT], tiny_folder, out=tmp_path / "a", weak=sr, overrides=["base.guided=network"])
+        generate([PROMPT], ModelRequest(tiny_folder, weak=sr), out=tmp_path / "a", overrides=["base.guided=network"])
     with pytest.raises(UserError, match=r"update.*interval must be two times that rise"):
         generate([PROMPT], tiny_folder, out=tmp_path / "a", overrides=["base.update.interval=[0.6,0.2]"])
     assert not (tmp_path / "a").exists()

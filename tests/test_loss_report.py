@@ -13,8 +13,8 @@ from ldm.draws import keyed_generator
 from pipelines.cascade import load_cascade
 from tests.tiny import EMOJI, save_tiny_sr
 from training.data import DataConfig, Reader
-from training.diffusion import EVALUATION_LEVELS
 from training.encode import encode
+from training.held_out import EVALUATION_LEVELS
 from training.loss_report import LEVELS, evaluate
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,11 +12,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
-from ldm.conditioning import Conditioning
-from ldm.config import Config, UserError, parse, to_dict
+from ldm.config import Config, UserError, parse
+from ldm.control import ControlConfig, ControlFile, control_picture, copied_control, save_control
 from ldm.denoiser import Denoiser, DenoiserConfig, check_together
-from ldm.draws import keyed_generator
-from ldm.inpainting import condition_known
 from ldm.latents import CodecConfig, LatentCodec, Normalisation, decode_rows
 from ldm.lora import LoraConfig, add_lora, save_lora
 from ldm.low_res import DegradationConfig, LowResConfig
@@ -30,29 +26,23 @@ from pipelines.cascade import Cascade
 from pipelines.images import grid, save_png, to_uint8
 from pipelines.settings import SamplingConfig, StageConfig
 from pipelines.stage import Stage, build_denoiser
-from training.cache import Cache
 from training.data import Reader
-from training.encoders import LatentSums
-from training.files import write_atomically
+from training.held_out import EVALUATION_LEVELS, errors_by_level
 from training.loader import Batch, StepModule
-from training.online import Online
 from training.processes import process_state
-from training.stages import EVALUATION_ROWS, StageRun, written_whole
+from training.stages import StageRun, written_whole
+from training.statistics import with_statistics
 from training.steps import (
     DiffusionInputs,
     Frozen,
     StepResult,
     UpscalingConfig,
-    condition_pictures,
     diffusion_inputs,
     diffusion_step,
     planes,
-    raw_latents,
     small_pictures,
 )
 
-EVALUATION_LEVELS = (10, 30, 50, 70, 90)  # hundredths of t
-STATISTICS_ITEMS = 1024
 PIXELS = "pixels"  # as a codec's digest
 
 
@@ -82,7 +72,8 @@ class DiffusionRun(StageRun):
     dropout: the share of items whose text is replaced by the null, for classifier-free guidance.
     low_res: null for a base; upscaling: read where it is not. last: see `Frozen`. inpainting: the network is told what
     is known around a random hole, which for some items is all of the picture; pixels are cached then, and encoded anew.
-    lora: train a change of low rank to the network of `init`, and write that alone.
+    lora: train a change of low rank to the network of `init`, and write that alone. control: train a ControlNet for it,
+    and write that alone; pixels are cached then too.
     posterior: train on draws of the codec's posterior, or on its means: with a codec whose posterior is wide, a network
     that learned the means makes latents free of that noise, and its own errors up to that size hardly show.
     """
@@ -105,13 +96,16 @@ class DiffusionRun(StageRun):
     inpainting: bool = False
     posterior: Literal["draw", "mean"] = "draw"
     lora: LoraConfig | None = None
+    control: ControlConfig | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.inpainting and self.low_res is not None:
             raise ValueError("inpainting is of a base: a stage that enlarges is told of a small picture")
-        if self.lora is not None and self.init is None:
-            raise ValueError("lora changes a network that has learned: say which with init")
+        if (self.lora is not None or self.control is not None) and self.init is None:
+            raise ValueError("lora and control are of a network that has learned: say which with init")
+        if self.control is not None and (self.lora is not None or self.inpainting or self.low_res is not None):
+            raise ValueError("control is trained alone, for a base that is not of inpainting")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout is a share, from 0 to below 1, not {self.dropout}")
         check_together(self.schedule, self.denoiser)
@@ -134,7 +128,7 @@ class DiffusionRun(StageRun):
     @property
     def caches_latents(self) -> bool:
         """Whether latents are cached, with small pictures by area beside them; for any other degradation, pixels."""
-        plain = self.upscaling.degradation == DegradationConfig() and not self.inpainting
+        plain = self.upscaling.degradation == DegradationConfig() and not self.inpainting and self.control is None
         return self.codec is not None and plain
 
     def load_frozen(self) -> tuple[Codec, TextEncoder]:
@@ -165,7 +159,7 @@ class DiffusionModule(StepModule):
         super().__init__()
         self.denoiser = denoiser
         self.frozen = frozen  # no module: its codec is neither trained nor saved
-        encodes = frozen.inpainting or frozen.low_res is not None
+        encodes = frozen.inpainting or frozen.low_res is not None or frozen.control is not None
         self.ahead = frozen.codec.autoencoder is None or not encodes
 
     @property
@@ -201,12 +195,15 @@ class DiffusionTask:
             file, released = _unet_file(Path(config.init), config.name), _released(Path(config.init), config.name)
             net = load_network(lambda: build_unet(config.unet, network), file)
             denoiser.net.load_state_dict(net.state_dict())
-        self._lora = config.lora
+        self._lora, self._control = config.lora, config.control
         if config.lora is not None:
             add_lora(denoiser.net, config.lora)
+        if config.control is not None:
+            denoiser.net.requires_grad_(False)
+            denoiser.control = copied_control(denoiser.net, config.unet, network, shape.factor)
         unit = Normalisation(mean=(0.0,) * channels, std=(1.0,) * channels)
         frozen = Frozen(codec.module, unit, self.cache.null, config.dropout, config.low_res, config.upscaling,
-                        config.last, config.inpainting, config.posterior)  # fmt: skip
+                        config.last, config.inpainting, config.posterior, config.control)  # fmt: skip
         # what was learned before was learned of latents in that stage's own units
         same = released is not None and (config.codec is None or released.codec_digest == codec.digest)
         frozen = (replace(frozen, normalisation=released.normalisation) if released is not None and same
@@ -251,6 +248,9 @@ class DiffusionTask:
 
     def preview(self, module: nn.Module, path: Path) -> None:
         cascade, columns, seed = self.cascade(module), self._preview.columns, self._preview.seed
+        if self._control is not None:
+            self._preview_control(cascade, path)
+            return
         if self._stage.low_res is None:
             prompts = self._preview.prompts
             if prompts:
@@ -268,6 +268,18 @@ class DiffusionTask:
         rows = [picture for trio in zip(to_uint8(near), to_uint8(drawn), large, strict=True) for picture in trio]
         save_png(grid(rows, 3 * columns), path)
 
+    def _preview_control(self, cascade: Cascade, path: Path) -> None:
+        """Held-out pictures, each beside what is told of it and what is drawn of that."""
+        assert self._control is not None
+        columns = self._preview.columns
+        indices = [k * len(self.held_out) // columns for k in range(min(columns, len(self.held_out)))]
+        pictures = planes(self.held_out.stored(indices))
+        told = control_picture(pictures, self._control)
+        cascade.stages[0].control = told
+        drawn = cascade([self.held_out.record(i)["captions"][0] for i in indices], range(len(indices)))
+        rows = zip(*(to_uint8(p) for p in (pictures, told * 2 - 1, drawn)), strict=True)
+        save_png(grid([picture for row in rows for picture in row], 3), path)
+
     def _pictures(self, indices: Sequence[int], frozen: Frozen) -> tuple[Tensor, np.ndarray[Any, Any]]:
         """Small pictures (B, s, s, 3) uint8 and large ones, of latents their decoding."""
         stored = self.held_out.stored(indices)
@@ -280,95 +292,13 @@ class DiffusionTask:
     def export(self, module: nn.Module, folder: Path, facts: dict[str, Any]) -> None:
         assert isinstance(module, DiffusionModule)
         with written_whole(folder) as partial:
-            if self._lora is None:
-                self.cascade(module).save(partial)
-            else:
+            if self._lora is not None:
                 save_lora(module.denoiser.net, self._lora, partial)
+            elif self._control is not None and module.denoiser.control is not None:
+                save_control(module.denoiser.control, ControlFile(self._control, self._codec.digest), partial)
+            else:
+                self.cascade(module).save(partial)
             write_json(partial / "training.json", facts)
-
-
-@torch.no_grad()
-def errors_by_level(denoiser: Denoiser, frozen: Frozen, cache: Cache | Online, chosen: Sequence[int],
-                    levels: Sequence[int], told: bool = True) -> dict[int, Tensor]:  # fmt: skip
-    """Mean squared error of the target of each chosen item, (N,), at levels in hundredths of t; an item's noise at a
-    level is the same every time. told: with the item's text, or with the null."""
-    device = next(denoiser.parameters()).device
-    found: dict[int, list[Tensor]] = {level: [] for level in levels}
-    for start in range(0, len(chosen), EVALUATION_ROWS):
-        indices = chosen[start : start + EVALUATION_ROWS]
-        x0, cond = evaluation_inputs(cache, indices, frozen, told)
-        for level in levels:
-            generators = [keyed_generator(0, "evaluation", level, i) for i in indices]
-            draws = torch.stack([torch.randn(x0.shape[1:], generator=g) for g in generators])
-            t = torch.full((len(x0),), level / 100, dtype=torch.float64)
-            found[level].append(denoiser.error(x0.to(device), draws.to(device), t, cond.to(device)).cpu())
-    return {level: torch.cat(parts) for level, parts in found.items()}
-
-
-def evaluation_inputs(cache: Cache | Online, indices: Sequence[int], frozen: Frozen, told: bool = True
-                      ) -> tuple[Tensor, Conditioning]:  # fmt: skip
-    """Normalised latents (B, C, h, w) of whole items, no draw of the posterior, and what a network is told of them:
-    their first caption, or where not `told` the null, and their small picture at level 0."""
-    stored = cache.stored(indices)
-    small = small_pictures(cache, indices, stored, frozen)
-    x0 = frozen.normalisation.apply(raw_latents(stored, small, frozen))
-    cond = cache.text([cache.captions(i)[0] for i in indices]) if told else frozen.null.expand(len(indices))
-    if frozen.inpainting:
-        pictures = planes(stored)
-        hole = torch.zeros_like(pictures[:, :1])
-        hole[..., hole.shape[-1] // 2 :] = 1  # the right half
-        device = frozen.codec.device
-        known = condition_known(pictures.to(device), hole.to(device), frozen.codec, frozen.normalisation).cpu()
-        cond = cond.join(Conditioning(known=known))
-    if frozen.low_res is not None and small is not None:
-        level = torch.zeros(len(indices), dtype=torch.float64)
-        shape = (len(indices), frozen.low_res.channels(frozen.codec.config.factor), *x0.shape[2:])
-        cond = cond.join(Conditioning(
-            low_res=condition_pictures(small, level, torch.zeros(shape), frozen), level=level
-        ))  # fmt: skip
-    return x0, cond
-
-
-def with_statistics(frozen: Frozen, codec_digest: str, cache: Cache | Online) -> Frozen:
-    """With the statistics of the stage's own latents: those of the cache, or where it has none, or for a residual,
-    measured as training draws them, on up to STATISTICS_ITEMS items, evenly spread; pixels are left as they are.
-
-    What is measured is kept beside the cache, so that a run that goes on elsewhere has the same. Called by all
-    processes.
-    """
-    residual = frozen.low_res is not None and frozen.low_res.residual
-    if frozen.codec.autoencoder is None and not residual:
-        return frozen
-    if cache.key.codec is not None and not residual:
-        return replace(frozen, normalisation=cache.normalisation)
-    if not isinstance(cache, Cache):
-        return replace(frozen, normalisation=_measured(frozen, cache))
-    shape = None if frozen.low_res is None else to_dict(frozen.low_res)
-    codec = [codec_digest, to_dict(frozen.codec.config)]
-    key = json.dumps([codec, shape, to_dict(frozen.upscaling.degradation)], sort_keys=True)
-    digest = hashlib.sha256(key.encode()).hexdigest()[:16]
-    file = cache.folder / f"statistics-{digest}.json"
-    with process_state().main_process_first():
-        if not file.exists():
-            made = to_dict(_measured(frozen, cache))
-            write_atomically(file, lambda path: write_json(path, made))
-    found: Normalisation = parse(Normalisation, read_json(file), str(file))
-    return replace(frozen, normalisation=found)
-
-
-def _measured(frozen: Frozen, cache: Cache | Online) -> Normalisation:
-    """Each item with its own draws, one at a time, so that the bits depend on nothing else."""
-    count, sums = min(len(cache), STATISTICS_ITEMS), LatentSums()
-    for place in range(count):
-        index = [place * len(cache) // count]
-        generator = keyed_generator("statistics", index[0])
-        stored = cache.stored(index)
-        small = small_pictures(cache, index, stored, frozen, [generator])
-        latent = raw_latents(stored, small, frozen)
-        noise = torch.randn(latent.shape, generator=generator) if frozen.codec.autoencoder is not None else None
-        sums.add_latents(latent if noise is None else raw_latents(stored, small, frozen, noise))
-    found = sums.statistics()
-    return Normalisation(mean=tuple(found["mean"]), std=tuple(found["std"]))
 
 
 def _unet_file(folder: Path, name: str) -> Path:

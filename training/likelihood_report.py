@@ -25,8 +25,8 @@ from ldm.weights import write_json
 from pipelines.cascade import load_cascade
 from pipelines.generate import check_out
 from pipelines.stage import Stage
-from training.diffusion import evaluation_inputs
 from training.environment import environment, prepare_process
+from training.held_out import evaluation_inputs
 from training.judging import CONCEPT
 from training.loss_report import held_out
 from training.quality import Estimate, Resampler

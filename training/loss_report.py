@@ -21,9 +21,9 @@ from pipelines.generate import check_out
 from pipelines.stage import Stage
 from training.cache import Cache
 from training.data import DataConfig, Reader
-from training.diffusion import EVALUATION_LEVELS, errors_by_level
 from training.encode import encode
 from training.environment import environment, prepare_process
+from training.held_out import EVALUATION_LEVELS, errors_by_level
 from training.judging import CONCEPT
 from training.quality import Estimate, Resampler
 from training.report import Table, plain, write_html

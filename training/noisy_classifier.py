@@ -23,7 +23,7 @@ from pipelines.cascade import load_cascade
 from pipelines.stage import Stage
 from training.classifier import check_labels, classes_of, cross_entropies, labels_of
 from training.data import Reader
-from training.diffusion import EVALUATION_LEVELS
+from training.held_out import EVALUATION_LEVELS
 from training.loader import Batch, StepModule
 from training.stages import EVALUATION_ROWS, StageRun, written_whole
 from training.steps import Frozen, StepResult, raw_latents

@@ -17,7 +17,7 @@ from pipelines.settings import StageConfig
 from training.data import DataConfig, Reader
 from training.diffusion import DiffusionRun
 
-Preset = Literal["full", "lora", "sr"]
+Preset = Literal["full", "lora", "control", "sr"]
 PROMPTS = 4
 PASSES, FEWEST, MOST = 40, 4_000, 40_000  # over the pictures, and images in all
 LARGE = 4  # levels of a U-Net that is trained as Stable Diffusion's are, with small steps
@@ -26,8 +26,9 @@ _RATES = ((2e-4, 1e-5), (2e-3, 1e-4))  # of all weights, of LoRA's; each of a sm
 
 def tuning(pictures: Path, preset: Preset, model: str | Path | None = None,
            overrides: Sequence[str] = ()) -> DiffusionRun:  # fmt: skip
-    """A run that goes on training a stage of a cascade folder on other pictures: the base, all of its weights (full) or
-    a change of low rank (lora), or all of its SR stage (sr). Previews are of the first captions.
+    """A run that goes on training a stage of a cascade folder on other pictures: the base, all of its weights (full),
+    a change of low rank (lora) or a ControlNet for it (control), or all of its SR stage (sr). Previews are of the first
+    captions.
 
     Raises UserError for a model that is no cascade folder or has no such stage, and for data that cannot be used.
     """
@@ -56,8 +57,8 @@ def tuning(pictures: Path, preset: Preset, model: str | Path | None = None,
     data["codec"] = None if pixels else str(folder / stage.codec)
     if pixels:
         data |= {"unshuffle": codec["unshuffle"], "grey": codec.get("grey", False)}
-    if preset == "lora":
-        data["lora"] = {}
+    if preset in ("lora", "control"):
+        data[preset] = {}
     for item in overrides:
         apply_override(data, item)
     made: DiffusionRun = parse(DiffusionRun, data, f"preset {preset}")

@@ -15,6 +15,7 @@ from torch.nn.functional import avg_pool2d
 
 from ldm.conditioning import Conditioning
 from ldm.config import Config
+from ldm.control import ControlConfig, control_picture
 from ldm.denoiser import Denoiser
 from ldm.inpainting import condition_known
 from ldm.latents import LatentCodec, Normalisation, kl_to_standard_normal, sample_moments
@@ -126,7 +127,7 @@ class Frozen:
 
     last: the share of items trained at t = 1 alone, where a network sees noise only and learns the mean of what it is
     asked for; with a share of 1, one step draws that. inpainting: whether the network is told what is known.
-    posterior: whether latents are draws of the codec's posterior or its means.
+    posterior: whether latents are draws of the codec's posterior or its means. control: what a ControlNet is told.
     """
 
     codec: LatentCodec
@@ -138,6 +139,7 @@ class Frozen:
     last: float = 0.0
     inpainting: bool = False
     posterior: Literal["draw", "mean"] = "draw"
+    control: ControlConfig | None = None
 
     def __deepcopy__(self, memo: object) -> Frozen:
         """Itself: averages of a module share it."""
@@ -187,6 +189,8 @@ def diffusion_inputs(batch: Batch, denoiser: Denoiser, frozen: Frozen) -> Diffus
         with torch.no_grad(), torch.autocast(device.type, enabled=False):
             known = condition_known(pictures.to(device), hole.to(device), frozen.codec, frozen.normalisation)
         cond = cond.join(Conditioning(known=known.cpu()))
+    if frozen.control is not None:
+        cond = cond.join(Conditioning(control=control_picture(planes(stored), frozen.control)))
     return DiffusionInputs(x0, eps, t, cond)
 
 
