@@ -91,15 +91,38 @@ def eval_steering(
     overwrite: Overwrite = False,
 ) -> None:
     """Draw with classifier or CLIP guidance at several scales: does an independent judge find more of what is asked?"""
-    from ldm.config import UserError
     from training.steering_report import evaluate
 
-    try:
-        chosen = [float(scale) for scale in scales.split(",")]
-    except ValueError:
-        raise UserError(f"--scales {scales!a}: numbers with commas, such as 0,1,2,4") from None
-    typer.echo(str(evaluate(model, data, out, judge, label, classifier, clip, chosen, pictures, split,
+    typer.echo(str(evaluate(model, data, out, judge, label, classifier, clip, _numbers(scales), pictures, split,
                             overrides or [], overwrite, tell=tell)))  # fmt: skip
+
+
+@eval_app.command("control")
+def eval_control(
+    model: Annotated[Path, typer.Argument(metavar="MODEL", help="A cascade folder that begins with a base.")],
+    data: Annotated[Path, typer.Argument(metavar="DATA", help="The data set.")],
+    control: Annotated[Path, typer.Option(help="The ControlNet's folder.")],
+    scales: Annotated[str, typer.Option(help="Of what it adds, with commas; 0 is the base alone.")] = "0,0.5,1",
+    pictures: Annotated[int, typer.Option(min=2, help="Pictures of each scale.")] = 64,
+    split: Annotated[str, typer.Option(help="The held-out split; empty for data without.")] = "combos",
+    out: Annotated[Path, typer.Option(help="Folder for the report and its pictures.")] = Path("out/control"),
+    overrides: StageSet = None,
+    overwrite: Overwrite = False,
+) -> None:
+    """Tell a ControlNet of held-out pictures: are the edges, or colours, of what is drawn those that were told?"""
+    from training.control_report import evaluate
+
+    typer.echo(str(evaluate(model, data, control, out, _numbers(scales), pictures, split or None, overrides or [],
+                            overwrite, tell=tell)))  # fmt: skip
+
+
+def _numbers(text: str) -> list[float]:
+    from ldm.config import UserError
+
+    try:
+        return [float(scale) for scale in text.split(",")]
+    except ValueError:
+        raise UserError(f"--scales {text!a}: numbers with commas, such as 0,1,2,4") from None
 
 
 @eval_app.command("process")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
@@ -25,6 +26,7 @@ from tests.test_foreign import SCHEDULERS, SD1, apart, generators, stable_diffus
 from tests.test_presets import SHORT, pictures
 from tests.tiny import ROOT
 from tests.tiny_text import tiny_clip
+from training.control_report import correlation, edges_found
 from training.tasks import RunConfig, build_task
 
 __all__ = ["pictures"]
@@ -121,8 +123,27 @@ def test_a_preset_trains_one_and_flags_use_it(
     generate(["a cat"], tiny_folder, n=2, steps=2, out="plain")
     with Image.open("plain/0001.png") as made:
         assert np.array_equal(np.array(made), found[0])
+    measured = ["eval", "control", str(tiny_folder), str(pictures), "--control", str(final), "--split", "", "--scales",
+                "0,1", "--pictures", "4", "--set", "base.steps=2"]  # fmt: skip
+    done = CliRunner().invoke(app, measured)
+    assert done.exit_code == 0, done.output
+    report = json.loads(Path("out/control/report.json").read_text(encoding="utf-8"))
+    assert report["measures"]["scale 0"].keys() == {"correlation", "F1 within 1 px"}
     recipes = [read_recipe(Path(folder) / "0001.png") for folder in ("0", "1", "plain")]
     assert len({recipe["model"] for recipe in recipes if recipe}) == 3
+
+
+def test_measures_of_control_are_those_of_numpy() -> None:
+    generator = torch.Generator().manual_seed(3)
+    a, b = (torch.rand(4, 3, 6, 6, generator=generator) for _ in range(2))
+    wanted = [np.corrcoef(x.flatten().numpy(), y.flatten().numpy())[0, 1] for x, y in zip(a, b, strict=True)]
+    np.testing.assert_allclose(correlation(a, b).numpy(), wanted, atol=1e-6)
+    line = torch.zeros(1, 3, 8, 8)
+    line[:, :, 3] = 1
+    assert edges_found(line.roll(1, 2), line).item() == pytest.approx(1)
+    assert edges_found(line.roll(2, 2), line).item() == 0
+    both = torch.maximum(line, line.roll(3, 2))  # half of what was found is wanted, and all of what is wanted found
+    assert edges_found(both, line).item() == pytest.approx(2 / 3)
 
 
 def test_only_the_control_network_is_trained(pictures: Path, tiny_folder: Path, tmp_path: Path) -> None:
