@@ -190,17 +190,26 @@ class GuidanceInterval(_Guided):
 
 
 class _Uphill(_Guided):
-    """eps - scale sigma g, and x0 to match, for a gradient g of a logarithm at x_t; nothing where alpha is 0."""
+    """eps - scale sigma g, and x0 to match, for a gradient g of a logarithm at x_t; nothing where alpha is 0.
 
-    def __init__(self, denoiser: Denoises, scale: float) -> None:
+    limit: the root mean square of x0's shift is held to so many standard deviations of x0 given x_t, as data of unit
+    variance have it, sigma / sqrt(alpha^2 + sigma^2). Without it x0 moves by scale sigma^2 / alpha g, which near t = 1
+    has no bound: a true gradient vanishes there as alpha does, and a network's does not.
+    """
+
+    def __init__(self, denoiser: Denoises, scale: float, limit: float | None = None) -> None:
         super().__init__(denoiser)
-        self.scale = scale
+        self.scale, self.limit = scale, limit
 
     def _climb(self, prediction: Prediction, gradient: Tensor, t: Tensor) -> Prediction:
         alpha, sigma = (per_item(c, gradient) for c in self.schedule.alpha_sigma(t))
         step = torch.where(alpha > 0, self.scale * sigma * gradient, torch.zeros_like(gradient))
-        x0 = prediction.x0 + torch.where(alpha > 0, sigma / alpha, torch.zeros_like(alpha)) * step
-        return prediction._replace(x0=x0, eps=prediction.eps - step)
+        of_step = torch.where(alpha > 0, sigma / alpha, torch.zeros_like(alpha))
+        if self.limit is not None:
+            most = self.limit * sigma / (alpha**2 + sigma**2).sqrt()
+            far = _norm(of_step * step) / gradient[0].numel() ** 0.5
+            step = step * (most / far).clamp(max=1)
+        return prediction._replace(x0=prediction.x0 + of_step * step, eps=prediction.eps - step)
 
 
 class ClassifierGuidance(_Uphill):
@@ -209,8 +218,9 @@ class ClassifierGuidance(_Uphill):
     log_prob: (x_t, t) -> (B,), such as the log-softmax of the wanted class.
     """
 
-    def __init__(self, denoiser: Denoises, scale: float, log_prob: Callable[[Tensor, Tensor], Tensor]) -> None:
-        super().__init__(denoiser, scale)
+    def __init__(self, denoiser: Denoises, scale: float, log_prob: Callable[[Tensor, Tensor], Tensor],
+                 limit: float | None = None) -> None:  # fmt: skip
+        super().__init__(denoiser, scale, limit)
         self.log_prob = log_prob
 
     def predict(self, x_t: Tensor, t: Tensor, cond: Conditioning) -> Prediction:
@@ -231,8 +241,9 @@ class ClipGuidance(_Uphill):
     likeness: x0 -> (B,), such as the cosine of CLIP's embeddings of the decoded x0 and of the prompt.
     """
 
-    def __init__(self, denoiser: Denoises, scale: float, likeness: Callable[[Tensor], Tensor]) -> None:
-        super().__init__(denoiser, scale)
+    def __init__(self, denoiser: Denoises, scale: float, likeness: Callable[[Tensor], Tensor],
+                 limit: float | None = None) -> None:  # fmt: skip
+        super().__init__(denoiser, scale, limit)
         self.likeness = likeness
 
     def predict(self, x_t: Tensor, t: Tensor, cond: Conditioning) -> Prediction:

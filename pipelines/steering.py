@@ -19,6 +19,7 @@ from ldm.weights import load_clip, load_noisy_classifier
 from pipelines.stage import Stage, Steering
 
 MAX_SCALE = 10_000.0
+LIMIT = 0.5  # of x0's shift, see `ldm.guidance._Uphill`; where x0 is clipped, that is limit enough
 
 
 @dataclass(frozen=True)
@@ -98,7 +99,7 @@ def toward_classes(folder: str | Path, stage: Stage, wanted: Mapping[str, Sequen
         def log_prob(x_t: Tensor, t: Tensor) -> Tensor:
             return network.log_prob(x_t, stage.denoiser.schedule.network_time(t), own)
 
-        return ClassifierGuidance(denoiser, scale, log_prob)
+        return ClassifierGuidance(denoiser, scale, log_prob, _limit(stage))
 
     return steered
 
@@ -118,6 +119,10 @@ def toward_texts(folder: str | Path, stage: Stage, prompts: Sequence[str], scale
             similar: Tensor = sharpness * (clip.pictures(pictures) * wanted).sum(1)
             return similar
 
-        return ClipGuidance(denoiser, scale, likeness)
+        return ClipGuidance(denoiser, scale, likeness, _limit(stage))
 
     return steered
+
+
+def _limit(stage: Stage) -> float | None:
+    return LIMIT if stage.config.denoiser.clip_x0 is None else None

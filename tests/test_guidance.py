@@ -180,6 +180,26 @@ def test_clip_guidance_climbs_by_the_gradient_through_the_network() -> None:
     assert not got.x0.requires_grad
 
 
+def test_a_limit_holds_long_shifts_alone() -> None:
+    """Of x0, in standard deviations given x_t; in the gradient's direction, and consistent with x_t."""
+    x, cond, net = noisy(), told(1, -1), Gaussian()
+    alpha, sigma = (float(c[0]) for c in SCHEDULE.alpha_sigma(T))
+    most = 0.5 * sigma / (alpha**2 + sigma**2) ** 0.5
+    plain = net.predict(x, T, cond).x0
+
+    def shifts(scale: float, limit: float | None) -> Tensor:
+        got = ClassifierGuidance(net, scale, lambda x_t, _: (3 * x_t).flatten(1).sum(1), limit)(x, T, cond)
+        consistent(got, x)
+        return got.x0 - plain
+
+    free, held = shifts(100.0, None), shifts(100.0, 0.5)
+    lengths = held.flatten(1).pow(2).mean(1).sqrt()
+    torch.testing.assert_close(lengths, torch.full_like(lengths, most))
+    torch.testing.assert_close(held / held.flatten(1).norm(dim=1).view(-1, 1, 1, 1),
+                               free / free.flatten(1).norm(dim=1).view(-1, 1, 1, 1))  # fmt: skip
+    torch.testing.assert_close(shifts(1e-3, 0.5), shifts(1e-3, None))
+
+
 @pytest.mark.parametrize("kind", ["classifier", "clip"])
 def test_no_gradient_is_no_guidance(kind: str) -> None:
     """At scale 0, and where alpha is 0 and x_t says nothing."""
