@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DDPMScheduler
+from scipy import stats
 
 from ldm.grids import uniform_grid
 from ldm.noise import NoiseSchedule, NoiseScheduleConfig, posterior, posterior_variance, transition
@@ -309,6 +310,29 @@ def test_draw_t_of_flow_is_logit_normal() -> None:
     ends = make("flow").draw_t(torch.tensor([0.0, 1 - 2**-53], dtype=torch.float64))
     assert ends.tolist() == pytest.approx([1e-4, 1 - 1e-4], abs=3e-4)
     assert ((ends > 0) & (ends < 1)).all()
+
+
+def test_draw_t_of_edm_has_log_normal_sigma() -> None:
+    """ln sigma ~ N(-1.2, 1.2^2) at even quantiles (Karras et al. 2022, table 1), and sigma = 80 t^7."""
+    u = (torch.arange(999, dtype=torch.float64) + 1) / 1000
+    schedule = make("edm")
+    t = schedule.draw_t(u)
+    alpha, sigma = schedule.alpha_sigma(t)
+    np.testing.assert_allclose(sigma.log().numpy(), stats.norm.ppf(u.numpy(), -1.2, 1.2), rtol=1e-9)
+    torch.testing.assert_close(sigma, 80 * t**7, rtol=1e-12, atol=0)
+    assert torch.equal(alpha, torch.ones_like(alpha))
+
+
+@pytest.mark.parametrize("kind", ["edm", "learned"])
+def test_the_bound_of_a_continuous_schedule_weighs_by_the_density_of_log_snr(kind: str) -> None:
+    """Half the inverse of the density that `draw_t` gives log-SNR (Kingma et al. 2021, eq. 17), here by differences of
+    its quantiles."""
+    schedule = make(kind)
+    u = torch.linspace(0.05, 0.95, 19, dtype=torch.float64)
+    step = 1e-6
+    before, after = (schedule.log_snr(schedule.draw_t(u + h)) for h in (-step, step))
+    wanted = (before - after) / (2 * step) / 2
+    torch.testing.assert_close(schedule.bound_weight(schedule.draw_t(u)), wanted, rtol=1e-6, atol=0)
 
 
 @pytest.mark.parametrize(
