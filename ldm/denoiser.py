@@ -338,7 +338,8 @@ class Denoiser(nn.Module):
         x = torch.cat([x, *(beside.to(x) for beside in (cond.low_res, cond.known) if beside is not None)], 1)
         dtype = next(self.net.parameters()).dtype
         # without self-attention, diffusers' first attention of a block sees the text too, under the other mask
-        own = cond.text_mask if getattr(getattr(self.net, "config", None), "only_cross_attention", False) else None
+        alone = getattr(getattr(self.net, "config", None), "only_cross_attention", False) is True
+        own = cond.text_mask if alone else None
         x, time = x.to(dtype), self.schedule.network_time(t).to(x.device)
         text = None if cond.text is None else cond.text.to(dtype)
         out: Tensor = self.net(

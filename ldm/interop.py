@@ -143,11 +143,13 @@ def read_scheduler(data: Mapping[str, Any], place: str) -> Scheduler:
     sampler = _sampler(name, data)
     if sampler is None:
         notes.append(f"scheduler {name}: drawn by {_STAND_IN} (DPM-Solver++ 2M), on diffusers' leading steps")
-    spacing = SPACINGS.get(str(data.get("timestep_spacing", "linspace" if name in _MULTISTEP else "leading")))
+    default = "leading" if sampler is None else _defaults(getattr(diffusers, name)).get("timestep_spacing", "leading")
+    called = data.get("timestep_spacing", default)
+    spacing = SPACINGS.get(str(called))
     if sampler is None:
         spacing = "leading"
     elif spacing is None or (spacing == "linspace" and name not in _MULTISTEP):
-        notes.append(f"scheduler {name}: timestep_spacing {data.get('timestep_spacing')!a} is drawn as trailing")
+        notes.append(f"scheduler {name}: timestep_spacing {called!a} is drawn as trailing")
         spacing = "uniform"
     if data.get("use_karras_sigmas") and sampler is not None:
         notes.append(f"scheduler {name}: use_karras_sigmas is drawn on our own grid karras, whose ends differ a little")
@@ -162,9 +164,12 @@ def read_scheduler(data: Mapping[str, Any], place: str) -> Scheduler:
     others = {} if sampler is None else _unread(name, data)
     if others:
         notes.append(f"scheduler {name}: {', '.join(f'{k} {v!a}' for k, v in others.items())}: not drawn so")
-    clip = data.get("clip_sample", name in ("DDIMScheduler", "DDPMScheduler"))
-    denoiser = DenoiserConfig(target=PREDICTIONS[prediction],  # type: ignore[arg-type]
-                              clip_x0=float(data.get("clip_sample_range", 1.0)) if clip else None)  # fmt: skip
+    clip = name in ("DDIMScheduler", "DDPMScheduler") and data.get("clip_sample", True)  # others have no such thing
+    try:
+        denoiser = DenoiserConfig(target=PREDICTIONS[prediction],  # type: ignore[arg-type]
+                                  clip_x0=float(data.get("clip_sample_range", 1.0)) if clip else None)  # fmt: skip
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{place}: clip_sample_range: {error}") from None
     return Scheduler(read_schedule(data, place), denoiser, sampling, notes)
 
 
@@ -195,19 +200,36 @@ def write_scheduler(schedule: NoiseScheduleConfig, denoiser: DenoiserConfig,
     """
     betas = {ours: theirs for theirs, ours in BETAS.items()}
     predictions = {ours: theirs for theirs, ours in PREDICTIONS.items()}
-    spacings = {ours: theirs for theirs, ours in SPACINGS.items()}
+    spacings = {ours: theirs for theirs, ours in SPACINGS.items()} | {"karras": "leading"}
     for what, value, known in (("schedule.kind", schedule.kind, betas), ("target", denoiser.target, predictions),
                                ("sampling.grid", sampling["grid"], spacings)):  # fmt: skip
         if value not in known:
             raise UserError(f"{what} {value}: stock schedulers know {', '.join(known)} alone")
-    name = _CLASSES[sampling["sampler"]]
+    name, grid = _CLASSES[sampling["sampler"]], sampling["grid"]
+    ancestral = name in ("DDIMScheduler", "DDPMScheduler")
+    lost = {
+        "grid linspace": grid == "linspace" and name not in _MULTISTEP,
+        "grid karras": grid == "karras" and ancestral,
+        "clean: false": not sampling["clean"] and name != "DDIMScheduler",
+        "eta and churn": bool(sampling["eta"] or sampling["churn"]),
+        "clip_x0": denoiser.clip_x0 is not None and not ancestral,
+        "zero_terminal": schedule.zero_terminal and name == "HeunDiscreteScheduler",
+        "a learned variance": denoiser.variance == "learned",
+    }
+    for what, applies in lost.items():
+        if applies:
+            raise UserError(f"{what}: not something that a {name} remembers; set another sampler or grid in stage.json")
     config: dict[str, Any] = {
         "beta_schedule": betas[schedule.kind], "num_train_timesteps": schedule.steps,
         "beta_start": schedule.beta_start, "beta_end": schedule.beta_end,
-        "rescale_betas_zero_snr": schedule.zero_terminal, "prediction_type": predictions[denoiser.target],
-        "timestep_spacing": spacings[sampling["grid"]], "steps_offset": sampling["offset"],
+        "prediction_type": predictions[denoiser.target], "timestep_spacing": spacings[grid],
+        "steps_offset": sampling["offset"],
     }  # fmt: skip
-    if name in ("DDIMScheduler", "DDPMScheduler"):
+    if name != "HeunDiscreteScheduler":
+        config["rescale_betas_zero_snr"] = schedule.zero_terminal
+    if grid == "karras":
+        config["use_karras_sigmas"] = True
+    if ancestral:
         config |= {"clip_sample": denoiser.clip_x0 is not None, "clip_sample_range": denoiser.clip_x0 or 1.0}
     if name == "DDIMScheduler":
         config["set_alpha_to_one"] = sampling["clean"]
@@ -215,8 +237,6 @@ def write_scheduler(schedule: NoiseScheduleConfig, denoiser: DenoiserConfig,
         config["variance_type"] = "fixed_large" if sampling["variance"] else "fixed_small"
     if name == "DPMSolverMultistepScheduler":
         config["algorithm_type"] = "sde-dpmsolver++" if sampling["sampler"] == "dpmpp_2m_sde" else "dpmsolver++"
-    if name == "HeunDiscreteScheduler":
-        config.pop("rescale_betas_zero_snr")
     return name, config
 
 

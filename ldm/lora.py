@@ -9,12 +9,14 @@ The file is in the layout of diffusers and peft, so that stock pipelines load it
 from __future__ import annotations
 
 import hashlib
+import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -23,7 +25,8 @@ from ldm.weights import check_weights_file, read_header
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
 PREFIX = "unet."
-_KEY = re.compile(re.escape(PREFIX) + r"(.+)\.lora_(A|B)\.weight")
+_KEY = re.compile(re.escape(PREFIX) + r"(.+)\.(lora_A|lora_B|lora\.down|lora\.up)\.weight")
+_PARTS = {"lora_A": "A", "lora.down": "A", "lora_B": "B", "lora.up": "B"}
 _ADAPTER = "default"
 
 
@@ -83,14 +86,17 @@ def merge_lora(network: nn.Module, path: Path, weight: float) -> str:
     """
     file = path / LORA_FILE if path.is_dir() else path
     check_weights_file(file)
-    shapes = read_header(file)
+    read_header(file)
+    scale = weight * _recorded_scale(file)
     pairs: dict[str, dict[str, Tensor]] = {}
     for name, value in load_file(file).items():
         found = _KEY.fullmatch(name)
         if found is None:
-            raise UserError(f"{file}: {name!a}: not of a U-Net's LoRA as diffusers and peft write it (unet.MODULE."
-                            "lora_A.weight): other layouts and text encoders' are not read")  # fmt: skip
-        pairs.setdefault(found[1], {})[found[2]] = value.float()
+            raise UserError(f"{file}: {name!a}: not of a U-Net's LoRA as diffusers and peft write it, unet.MODULE."
+                            "lora_A.weight or .lora.down: other layouts and text encoders' are not read")  # fmt: skip
+        if value.ndim < 2:
+            raise UserError(f"{file}: {name!a}: of shape {tuple(value.shape)}, which is no matrix")
+        pairs.setdefault(found[1], {})[_PARTS[found[2]]] = value.float()
     modules = dict(network.named_modules())
     for name, pair in pairs.items():
         layer = modules.get(name)
@@ -101,9 +107,24 @@ def merge_lora(network: nn.Module, path: Path, weight: float) -> str:
         a, b = pair["A"], pair["B"]
         whole = (len(b), *a.shape[1:])
         if b.flatten(1).shape[1] != len(a) or whole != tuple(layer.weight.shape):
-            raise UserError(f"{file}: {PREFIX}{name}: shapes {shapes[f'{PREFIX}{name}.lora_B.weight']} x "
-                            f"{tuple(a.shape)} are not those of its weight {tuple(layer.weight.shape)}")  # fmt: skip
+            raise UserError(f"{file}: {PREFIX}{name}: shapes {tuple(b.shape)} x {tuple(a.shape)} are not those of its "
+                            f"weight {tuple(layer.weight.shape)}")  # fmt: skip
         with torch.no_grad():
             change = (b.flatten(1) @ a.flatten(1)).view(whole)
-            layer.weight += weight * change.to(layer.weight)
+            layer.weight += scale * change.to(layer.weight)
     return hashlib.sha256(file.read_bytes()).hexdigest()
+
+
+def _recorded_scale(file: Path) -> float:
+    """alpha / rank where diffusers recorded them in the file's header, else 1. Raises UserError for other than one."""
+    with safe_open(file, "pt") as opened:
+        told = (opened.metadata() or {}).get("lora_adapter_metadata")
+    if told is None:
+        return 1.0
+    try:
+        said = {key.removeprefix(PREFIX): value for key, value in json.loads(told).items()}
+        if said.get("rank_pattern") or said.get("alpha_pattern") or said.get("use_rslora") or said.get("use_dora"):
+            raise UserError(f"{file}: ranks or alphas of single layers, rsLoRA and DoRA are not read")
+        return float(said["lora_alpha"]) / float(said["r"])
+    except (ValueError, KeyError, TypeError, AttributeError, ZeroDivisionError):
+        raise UserError(f"{file}: lora_adapter_metadata says no lora_alpha and r") from None

@@ -105,13 +105,14 @@ def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return table
 
 
-def load_network(build: Callable[[], N], path: Path) -> N:
-    """The network that `build` makes, with the weights of a safetensors file in float32, in eval mode.
+def load_network(build: Callable[[], N], path: Path, renamed: Callable[[str], str] = str) -> N:
+    """The network that `build` makes, with the weights of a safetensors file in float32, in eval mode. renamed: what a
+    tensor of the file is called in the network.
 
     Raises UserError for a file that is missing, pickled or malformed, or whose tensors do not fit, by name.
     """
     check_weights_file(path)
-    shapes = read_header(path)
+    shapes = {renamed(name): shape for name, shape in read_header(path).items()}
     with torch.device("meta"):
         network = build()
     wanted = {name: tuple(value.shape) for name, value in network.state_dict().items()}
@@ -122,7 +123,7 @@ def load_network(build: Callable[[], N], path: Path) -> N:
     if faults:
         more = f" and {len(faults) - 5} more" if len(faults) > 5 else ""
         raise UserError(f"{path}: does not fit its config: {'; '.join(sorted(faults)[:5])}{more}")
-    tensors = {name: value.float() for name, value in load_file(path).items()}
+    tensors = {renamed(name): value.float() for name, value in load_file(path).items()}
     network.load_state_dict(tensors, assign=True)
     return network.eval().requires_grad_(False)
 

@@ -42,6 +42,7 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
     UPSCALER: {"steps": 75, "guidance": 9.0, "rows": 1, "level": 20},
 }
 _UNUSED = ("safety_checker", "feature_extractor", "image_encoder", "watermarker")
+_OLD_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 _PARTS = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
 
 
@@ -71,13 +72,16 @@ def load_pipeline(folder: str | Path, device: torch.device | str = "cpu") -> Cas
                              ("text width", shape.text_width, text.width)):  # fmt: skip
         if own != found:
             raise UserError(f"{folder}: the {what} of unet/ is {own}, that of the part beside it {found}")
-    side = _part(folder, "unet", "config.json").get("sample_size") or 64
-    config = StageConfig(
-        name="base" if low_res is None else "sr", resolution_px=side * codec.module.config.factor,
-        latent_channels=shape.latents, text_width=text.width, unet=unet, schedule=said.schedule,
-        denoiser=said.denoiser, sampling=SamplingConfig(**sampling, **said.sampling), normalisation=normalisation,
-        codec_digest=codec.digest, text_digest=text.digest, low_res=low_res, noise="in_order",
-    )  # fmt: skip
+    try:
+        side = _part(folder, "unet", "config.json").get("sample_size") or 64
+        config = StageConfig(
+            name="base" if low_res is None else "sr", resolution_px=side * codec.module.config.factor,
+            latent_channels=shape.latents, text_width=text.width, unet=unet, schedule=said.schedule,
+            denoiser=said.denoiser, sampling=SamplingConfig(**sampling, **said.sampling), normalisation=normalisation,
+            codec_digest=codec.digest, text_digest=text.digest, low_res=low_res, noise="in_order",
+        )  # fmt: skip
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{folder}: {error}") from None
     net = load_network(lambda: build_unet(unet, shape), folder / "unet" / NETWORK_FILE)
     denoiser = Denoiser(net, NoiseSchedule(said.schedule), said.denoiser).to(device).eval()
     notes = [*said.notes, *([f"{', '.join(unused)}: not used"] if unused else [])]
@@ -95,8 +99,16 @@ def _read_codec(folder: Path, device: torch.device | str) -> tuple[Codec, Any]:
     autoencoder, normalisation = read_autoencoder(_part(folder, "vae", "config.json"), f"{folder / 'vae'}")
     with torch.device("meta"):
         codec = LatentCodec(CodecConfig(1, autoencoder))
-    codec.autoencoder = load_network(lambda: build_autoencoder(autoencoder, 3), folder / "vae" / NETWORK_FILE)
+    file = folder / "vae" / NETWORK_FILE
+    codec.autoencoder = load_network(lambda: build_autoencoder(autoencoder, 3), file, _renamed)
     return Codec(codec.eval().requires_grad_(False).to(device), folder_digest(folder, "vae")), normalisation
+
+
+def _renamed(name: str) -> str:
+    """An autoencoder's tensor by its name of today: attention was called otherwise when most were released."""
+    for old, new in _OLD_NAMES.items():
+        name = name.replace(f"mid_block.attentions.0.{old}.", f"mid_block.attentions.0.{new}.")
+    return name
 
 
 def _low_res(folder: Path, kind: str, factor: int) -> LowResConfig | None:
@@ -106,7 +118,10 @@ def _low_res(folder: Path, kind: str, factor: int) -> LowResConfig | None:
     place = f"{folder}/low_res_scheduler"
     levels = read_schedule(_part(folder, "low_res_scheduler", "scheduler_config.json"), place)
     most = read_json(folder / INDEX).get("max_noise_level", 350)
-    return LowResConfig(scale=factor, levels=levels, max_level=min((most + 1) / levels.steps, 0.999))
+    try:
+        return LowResConfig(scale=factor, levels=levels, max_level=min((most + 1) / levels.steps, 0.999))
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{place}: {error}") from None
 
 
 def export_pipeline(cascade: Cascade, out: str | Path, dtype: torch.dtype = torch.float16) -> Path:
@@ -120,7 +135,8 @@ def export_pipeline(cascade: Cascade, out: str | Path, dtype: torch.dtype = torc
     refused = {
         f"{len(cascade.stages)} stages: export them one by one, with --stage": len(cascade.stages) > 1,
         f"text encoder {text.kind}: stock pipelines are told by CLIP": text.kind != "clip",
-        "its codec has no autoencoder, or squares pixels before it": codec.autoencoder is None or codec.unshuffle > 1,
+        "its codec has no autoencoder, squares pixels before it, or is of grey": codec.autoencoder is None
+        or codec.unshuffle > 1 or codec.grey,
         "it is told of holes in another order than stock pipelines": config.inpainting,
         "latents have statistics per channel, and stock pipelines one scale": len(set(std)) > 1
         or any(config.normalisation.mean),

@@ -43,6 +43,8 @@ class ModelRequest:
 
     def load(self, tell: Callable[[str], None]) -> Cascade:
         """Raises UserError for what cannot be used, and where the first stage draws nothing by itself."""
+        if self.control is not None and self.weak is not None:
+            raise UserError("--control and --weak do not go together: the weaker network has no ControlNet")
         device = self.device or ("cuda" if torch.cuda.is_available() else "cpu")
         cascade = load_cascade(self.folder or SHIPPED, device).merged(self.loras)
         cascade = cascade.only(*self.stages) if self.stages else cascade

@@ -79,6 +79,8 @@ def upscale(pictures: Sequence[str | Path], model: str | Path | None = None, sca
     jobs = [_job(Path(picture), Path(out), scale) for picture in pictures]
     _check_targets(jobs, Path(out), overwrite)
     cascade = load_cascade(model or SHIPPED, device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    for line in cascade.notes:
+        tell(line)
     cascade = in_tiles(enlarging(cascade, scale), tile)
     sampling = cascade.sampling(overrides=overrides)
     if prompt.strip():

@@ -13,6 +13,7 @@ import diffusers
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from typer.testing import CliRunner
 
@@ -215,6 +216,22 @@ def test_import_and_export_keep_the_pictures(
         export_pipeline(load_cascade(tmp_path / "ours"), tmp_path / "back")
 
 
+def test_autoencoders_of_old_names_load(folder: Path, tmp_path: Path) -> None:
+    """As most were released, with attention's matrices called query, key, value and proj_attn."""
+    copy = tmp_path / "sd"
+    shutil.copytree(folder, copy)
+    file = copy / "vae/diffusion_pytorch_model.safetensors"
+    old, tensors = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}, load_file(file)
+    for new, name in old.items():
+        for key in [k for k in tensors if f"attentions.0.{new}." in k]:
+            tensors[key.replace(new, name)] = tensors.pop(key)
+    assert any(".query." in key for key in tensors)
+    save_file(tensors, file)
+    x = torch.randn(1, 4, 4, 4, generator=torch.Generator().manual_seed(0))
+    ours_, theirs_ = (load_pipeline(f).stages[0].codec.module.decode(x) for f in (copy, folder))
+    assert torch.equal(ours_, theirs_)
+
+
 def test_what_is_drawn_otherwise_is_said(folder: Path, tmp_path: Path) -> None:
     copy = tmp_path / "sd"
     shutil.copytree(folder, copy)
@@ -279,6 +296,10 @@ def test_schedulers_come_back_as_they_were(name: str) -> None:
         ("scheduler/scheduler_config.json", {"beta_schedule": "sigmoid"}, "beta_schedule 'sigmoid'"),
         ("scheduler/scheduler_config.json", {"prediction_type": "flow"}, "prediction_type 'flow'"),
         ("scheduler/scheduler_config.json", {"thresholding": True}, "thresholding"),
+        ("scheduler/scheduler_config.json", {"steps_offset": -1}, "offset is of the leading grid"),
+        ("scheduler/scheduler_config.json", {"rescale_betas_zero_snr": True}, "target eps does not determine x0"),
+        ("scheduler/scheduler_config.json", {"clip_sample": True, "clip_sample_range": None}, "clip_sample_range"),
+        ("unet/config.json", {"sample_size": [8, 12]}, "sd: "),
     ],
 )
 def test_what_is_not_built_here_is_refused_by_name(

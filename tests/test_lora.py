@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -75,6 +76,7 @@ def test_stock_pipelines_load_it(
 
 def test_theirs_is_read_and_they_stack(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Written by peft through the stock pipeline; a second one on top, both ways."""
+    from diffusers.utils import convert_state_dict_to_diffusers
     from peft import LoraConfig as Peft
     from peft.utils import get_peft_model_state_dict
 
@@ -84,7 +86,10 @@ def test_theirs_is_read_and_they_stack(folder: Path, tmp_path: Path, monkeypatch
         settings = Peft(r=2, lora_alpha=2, target_modules=["to_k", "to_v"], init_lora_weights=False)
         pipeline.unet.add_adapter(settings)
         state = get_peft_model_state_dict(pipeline.unet)
-        diffusers.StableDiffusionPipeline.save_lora_weights(tmp_path / str(number), unet_lora_layers=state)
+        told: dict[str, Any] = {"unet_lora_layers": state}
+        if number:  # as diffusers' own training scripts name them
+            told = {"unet_lora_layers": convert_state_dict_to_diffusers(state)}
+        diffusers.StableDiffusionPipeline.save_lora_weights(tmp_path / str(number), **told)
     pipeline = stock(folder)
     for number in (0, 1):
         pipeline.load_lora_weights(tmp_path / str(number), adapter_name=f"n{number}")
@@ -123,10 +128,27 @@ def test_only_the_change_is_trained(tiny_folder: Path, pictures: Path, tmp_path:
     own = [name for name, parameter in task.module.named_parameters() if parameter.requires_grad]
     assert own
     assert all(".lora_" in name for name in own)
-    with pytest.raises(UserError, match="lora changes a network that has learned: say which with init"):
+    with pytest.raises(UserError, match="of a network that has learned: say which with init"):
         load(RunConfig, ROOT / "configs/tiny/base.yaml", ["lora.rank=4"])
     with pytest.raises(UserError, match=r"lora.targets: nothing_like_it: "):
         build_task(tuning(pictures, "lora", tiny_folder, [f"cache={tmp_path}", "lora.targets=[nothing_like_it]"]))
+
+
+def test_a_recorded_alpha_is_read(folder: Path, tmp_path: Path) -> None:
+    net = load_pipeline(folder).stages[0].denoiser.net
+    file = changed(net, LoraConfig(rank=2), tmp_path) / LORA_FILE
+    name = next(n for n in load_file(file) if "lora_A" in n).removeprefix("unet.").replace("lora_A.", "")
+    weight, moved = net.get_parameter(name), []
+    for metadata in (None, {"unet.r": 2, "unet.lora_alpha": 1}, {"unet.r": 2, "unet.alpha_pattern": {"a": 1}}):
+        save_file(load_file(file), file, None if metadata is None else {"lora_adapter_metadata": json.dumps(metadata)})
+        before = weight.clone()
+        if metadata is not None and "unet.lora_alpha" not in metadata:
+            with pytest.raises(UserError, match="are not read"):
+                merge_lora(net, file, 1.0)
+            continue
+        merge_lora(net, file, 1.0)
+        moved.append(weight - before)
+    torch.testing.assert_close(moved[1], moved[0] / 2)
 
 
 def test_what_does_not_fit_is_refused_by_name(folder: Path, tiny_folder: Path, tmp_path: Path) -> None:
@@ -138,6 +160,7 @@ def test_what_does_not_fit_is_refused_by_name(folder: Path, tiny_folder: Path, t
         "other layouts and text encoders' are not read": {"lora_unet_down_blocks_0.lora_down.weight": torch.ones(2, 2)},
         "this network has no such layer": {first.replace("down_blocks", "sideways"): tensors[first]},
         "lora_A and lora_B go together": {first: tensors[first]},
+        "which is no matrix": {first: torch.ones(3)},
         "are not those of its weight": {n: torch.ones(3, 3) for n in (first, first.replace("lora_A", "lora_B"))},
     }
     for reason, state in cases.items():

@@ -121,8 +121,8 @@ def test_a_column_may_be_named(tmp_path: Path) -> None:
     entries = [json.loads(line) | {"story": f"story {k}"} for k, line in enumerate(path.read_text().splitlines())]
     path.write_text("\n".join(map(json.dumps, entries)))
     assert read(tmp_path, caption_column="story")[0] == [(f"story {k}",) for k in range(3)]
-    assert read(tmp_path)[1].rows[0].fields == {"story": "story 0"}
-    with pytest.raises(UserError, match=r"data.caption_column: .*columns file_name, prompt, story; 'tale' is none"):
+    assert read(tmp_path)[1].rows[0].fields == {"prompt": "a cat", "story": "story 0"}
+    with pytest.raises(UserError, match=r"data.caption_column: .* prompt, story; 'tale' is none of text"):
         read(tmp_path, caption_column="tale")
 
 
@@ -156,10 +156,34 @@ def test_what_is_no_table_is_refused(tmp_path: Path) -> None:
         read(tmp_path)
 
 
+def test_what_is_guessed_is_what_is_read(tmp_path: Path) -> None:
+    """One column for all rows: lists too, no other one for a row without, and what it says stays a field."""
+    pictures(tmp_path)
+    entries = [{"file_name": "a.png", "prompts": ["x", "y"], "label": 3}, {"file_name": "b.png", "label": 4},
+               {"file_name": "c.png", "prompts": [], "long_text": "z", "label": 5}]  # fmt: skip
+    (tmp_path / "metadata.jsonl").write_text("\n".join(map(json.dumps, entries)))
+    captions, reader = read(tmp_path)
+    assert reader.report.notes["captions are read from 'long_text'"] == 3
+    assert captions == [("",), ("",), ("z",)]
+    assert [row.fields["label"] for row in reader.rows] == [3, 4, 5]
+    captions, _ = read(tmp_path, caption_column="prompts", missing_caption="skip")
+    assert captions == [("x", "y")]
+
+
+def test_a_table_that_pandas_wrote_with_its_index_loads(tmp_path: Path) -> None:
+    pictures(tmp_path)
+    (tmp_path / "metadata.csv").write_text(",file_name,text\n0,a.png,a cat\n1,b.png,\n", encoding="utf-8")
+    captions, reader = read(tmp_path)
+    assert captions == [("a cat",), ("",)]
+    assert not reader.report.bad
+
+
 def test_folders_are_classes_only_where_nothing_else_says_what_is_shown(tmp_path: Path) -> None:
     classes(tmp_path)
     assert ("a red truck",) in read(tmp_path)[0]
     assert set(read(tmp_path, missing_caption="empty")[0]) == {("",)}
+    (tmp_path / "README.txt").write_text("about")
+    assert ("a red truck",) in read(tmp_path)[0]
     picture(tmp_path / "top.png")
     assert set(read(tmp_path)[0]) == {("",)}
     (tmp_path / "top.png").unlink()

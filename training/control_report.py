@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import max_pool2d
 
+from ldm.config import UserError
 from ldm.control import control_picture, load_control
 from ldm.denoiser import Denoiser
 from ldm.progress import advancing
@@ -21,7 +22,7 @@ from ldm.weights import write_json
 from pipelines.cascade import Cascade, load_cascade
 from pipelines.generate import check_out
 from pipelines.images import grid, save_png, to_uint8
-from training.data import DataConfig, Reader
+from training.data import BadImage, DataConfig, Reader
 from training.environment import environment, prepare_process
 from training.judging import Asked, asked_of
 from training.quality import Estimate, Resampler
@@ -46,8 +47,12 @@ def evaluate(model: str | Path, data: str | Path, control: str | Path, out: str 
     config, factor = stage.config, stage.codec.module.config.factor
     network, told = load_control(Path(control), config.unet, config.shape(factor), factor, stage.codec.digest)
     reader = Reader(DataConfig(path=str(data), split=split, size_px=config.resolution_px))
-    rows = [reader.rows[k * len(reader.rows) // pictures] for k in range(min(pictures, len(reader.rows)))]
-    real = planes(torch.stack([torch.from_numpy(reader.read(row).pixels) for row in rows]))
+    count = min(pictures, len(reader.rows))
+    rows = [reader.rows[k * len(reader.rows) // count] for k in range(count)]
+    try:
+        real = planes(torch.stack([torch.from_numpy(reader.read(row).pixels) for row in rows]))
+    except BadImage as error:
+        raise UserError(f"{data}: {error}; `ldm data check` names the picture") from None
     asked, wanted = asked_of(rows, captions=False), control_picture(real, told)
     sampler = Resampler([a.group for a in asked])
     lines: dict[str, dict[str, Estimate]] = {}

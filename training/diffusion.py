@@ -271,8 +271,8 @@ class DiffusionTask:
     def _preview_control(self, cascade: Cascade, path: Path) -> None:
         """Held-out pictures, each beside what is told of it and what is drawn of that."""
         assert self._control is not None
-        columns = self._preview.columns
-        indices = [k * len(self.held_out) // columns for k in range(min(columns, len(self.held_out)))]
+        count = min(self._preview.columns, len(self.held_out))
+        indices = [k * len(self.held_out) // count for k in range(count)]
         pictures = planes(self.held_out.stored(indices))
         told = control_picture(pictures, self._control)
         cascade.stages[0].control = told

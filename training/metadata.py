@@ -6,7 +6,7 @@ import csv
 import difflib
 import io
 import json
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -49,11 +49,11 @@ def _csv_lines(path: Path, data: bytes) -> list[Line]:
     except UnicodeDecodeError:
         raise UserError(f"{path.name!a} is not UTF-8") from None
     csv.field_size_limit(2 * MAX_CAPTION_BYTES)
-    reader = csv.DictReader(io.StringIO(text, newline=""), restkey="", strict=True)
+    reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
     found: list[Line] = []
     try:
         for entry in reader:
-            fault = "more values than the first line has names" if "" in entry else ""
+            fault = "more values than the first line has names" if None in entry else ""
             found.append((reader.line_num, {k: v or None for k, v in entry.items() if k}, fault))
     except csv.Error as error:
         raise UserError(f"{path.name!a}:{reader.line_num}: {error}") from None
@@ -88,52 +88,54 @@ def read_entry(line: bytes) -> dict[str, Any]:
     return entry
 
 
-def caption_name(names: Collection[str], column: str | None = None) -> str | None:
-    """The name under which captions stand: `column` where it is given, else the likeliest; None where none is."""
-    if column is not None:
-        return column if column in names else None
-    lower = {name.lower(): name for name in reversed(list(names))}
+def likely_column(names: Sequence[str]) -> str | None:
+    """Which of some columns of text has captions, where none has one of the usual names."""
+    lower = {name.lower(): name for name in reversed(names)}
     known = (lower[wanted] for wanted in (*CAPTION_FIELDS, *LIKELY_FIELDS) if wanted in lower)
     parts = (name for name in names if any(part in name.lower() for part in LIKELY_PARTS))
     return next(known, None) or next(parts, None)
 
 
-def check_captions(place: str, columns: Sequence[str], column: str | None = None) -> str:
-    """What should be said of where captions are read, "" for nothing. Raises UserError where `column` is not there, or
-    captions seem to lie under a misspelt name."""
-    found = caption_name(columns, column)
-    if column is not None and found is None:
-        raise UserError(f"data.caption_column: {place}; {column!a} is none of them")
+def caption_column(place: str, names: Sequence[str], column: str | None = None) -> tuple[str | None, str]:
+    """Where the captions of a data set stand, of its columns of text: `column` where it is given, None for the usual
+    names, else the likeliest; and what should be said of that.
+
+    Raises UserError where `column` is not there, or captions seem to lie under a misspelt name."""
+    if column is not None:
+        if column not in names:
+            raise UserError(f"data.caption_column: {place}; {column!a} is none of text among them")
+        return column, ""
+    if set(names) & set(CAPTION_FIELDS):
+        return None, ""
+    found = likely_column(names)
     if found is not None:
-        return "" if found in CAPTION_FIELDS else f"captions are read from {found!a}"
-    close = [name for name in columns if difflib.get_close_matches(name.lower(), CAPTION_FIELDS, 1, 0.75)]
+        return found, f"captions are read from {found!a}"
+    close = [name for name in names if difflib.get_close_matches(name.lower(), CAPTION_FIELDS, 1, 0.75)]
     if close:
         raise UserError(f"{place}; neither `caption`, `text` nor `captions`: did you mean it by {close[0]!a}? Set "
                         f"data.caption_column={close[0]} to read it")  # fmt: skip
-    return ""
+    return None, ""
 
 
 def captions_of(entry: dict[str, Any], column: str | None = None) -> tuple[str, ...] | None:
-    """The captions of an entry, of the first likely name that has some; None where none has. Raises ValueError for
-    what is no text."""
-    held = {name: value for name, value in entry.items() if value is not None and value != []
-            and (name in (column, *CAPTION_FIELDS) or isinstance(value, str))}  # fmt: skip
-    held.pop("file_name", None)
-    name = caption_name(held, column)
-    if name is None:
-        return None
-    texts = held[name] if isinstance(held[name], list) else [held[name]]
-    for text in texts:
-        if not isinstance(text, str):
-            raise ValueError(f"`{name}` holds {type(text).__name__}, not text")
-        if len(text.encode("utf-8", "surrogatepass")) > MAX_CAPTION_BYTES:
-            raise ValueError(f"`{name}` is over {MAX_CAPTION_BYTES} bytes")
-        if not text.isascii() and any("\ud800" <= c <= "\udfff" for c in text):
-            raise ValueError(f"`{name}` holds half a surrogate pair, which is no text")
-    return tuple(text.strip() for text in texts)
+    """The captions of an entry, in `column` or under the first usual name that has some; None where there are none.
+    Raises ValueError for what is no text."""
+    for name in CAPTION_FIELDS if column is None else (column,):
+        value = entry.get(name)
+        if value is None or value == []:
+            continue
+        texts = value if isinstance(value, list) else [value]
+        for text in texts:
+            if not isinstance(text, str):
+                raise ValueError(f"`{name}` holds {type(text).__name__}, not text")
+            if len(text.encode("utf-8", "surrogatepass")) > MAX_CAPTION_BYTES:
+                raise ValueError(f"`{name}` is over {MAX_CAPTION_BYTES} bytes")
+            if not text.isascii() and any("\ud800" <= c <= "\udfff" for c in text):
+                raise ValueError(f"`{name}` holds half a surrogate pair, which is no text")
+        return tuple(text.strip() for text in texts)
+    return None
 
 
-def other_fields(entry: dict[str, Any], column: str | None = None) -> dict[str, Any]:
-    """What an entry says beside its captions and its file."""
-    own = {"file_name", *CAPTION_FIELDS, caption_name(entry, column)}
-    return {name: value for name, value in entry.items() if name not in own}
+def other_fields(entry: dict[str, Any]) -> dict[str, Any]:
+    """What an entry says beside its file and what stands under the usual names of captions; a guessed one stays."""
+    return {name: value for name, value in entry.items() if name not in ("file_name", *CAPTION_FIELDS)}

@@ -20,7 +20,7 @@ from training.diffusion import DiffusionRun
 Preset = Literal["full", "lora", "control", "sr"]
 PROMPTS = 4
 PASSES, FEWEST, MOST = 40, 4_000, 40_000  # over the pictures, and images in all
-LARGE = 4  # levels of a U-Net that is trained as Stable Diffusion's are, with small steps
+LARGE = 1024  # the width of a U-Net that is trained as Stable Diffusion's are, with small steps
 _RATES = ((2e-4, 1e-5), (2e-3, 1e-4))  # of all weights, of LoRA's; each of a small and of a large network
 
 
@@ -38,16 +38,22 @@ def tuning(pictures: Path, preset: Preset, model: str | Path | None = None,
                         "then --model NEW")  # fmt: skip
     cascade = parse(CascadeConfig, read_json(folder / "cascade.json"), str(folder / "cascade.json"))
     stage = _stage(folder, cascade, preset)
-    rows = Reader(DataConfig(path=str(pictures), size_px=stage.resolution_px)).rows
+    begun: dict[str, Any] = {"data": {"path": str(pictures), "size_px": stage.resolution_px}}
+    for item in overrides:
+        if item.startswith("data."):
+            apply_override(begun, item)
+    own: DataConfig = parse(DataConfig, begun["data"], f"preset {preset}")
+    rows = Reader(own).rows
     images = min(max(PASSES * len(rows), FEWEST), MOST)
     data: dict[str, Any] = {
         "kind": "diffusion", "name": stage.name, "init": str(folder),
-        "data": {"path": str(pictures), "size_px": stage.resolution_px}, "validation": {"split": None},
+        "data": begun["data"], "validation": {"split": own.split},
         "text": to_dict(cascade.text.placed(str(folder / "text"))),
         **{part: to_dict(getattr(stage, part)) for part in ("unet", "schedule", "denoiser", "sampling")},
+        "last": 0.5 if stage.sampling.steps == 1 and stage.denoiser.target != "eps" else 0.0,  # or t = 1 is hardly seen
         "low_res": None if stage.low_res is None else to_dict(stage.low_res), "inpainting": stage.inpainting,
         "preview": {"prompts": list(dict.fromkeys(c for row in rows for c in row.captions[:1]))[:PROMPTS]},
-        "optim": {"lr": _RATES[preset == "lora"][len(stage.unet.widths) >= LARGE], "warmup_images": images // 20},
+        "optim": {"lr": _RATES[preset == "lora"][max(stage.unet.widths) >= LARGE], "warmup_images": images // 20},
         "ema": {"halflife_images": images // 10},
         "loop": {"images": images, "batch": 8, "log_every_images": images // 20, "preview_every_images": images // 4,
                  "save_every_images": images // 4},

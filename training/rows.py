@@ -14,10 +14,11 @@ from typing import Any, Literal
 from ldm.config import Config, UserError
 from ldm.decode import MAX_PIXELS_LIMIT, read_regular
 from training.metadata import (
+    CAPTION_FIELDS,
     MAX_CAPTION_BYTES,
     METADATA,
+    caption_column,
     captions_of,
-    check_captions,
     other_fields,
     read_metadata,
 )
@@ -210,9 +211,9 @@ def _scan_sidecars(root: Path, keys: dict[str, None], config: DataConfig, scan: 
 
 def _class_folders(keys: dict[str, None]) -> bool:
     """Whether nothing has a caption, and all pictures lie in folders, of which there are several."""
-    stems = [os.path.splitext(key) for key in keys]
-    folders = {os.path.dirname(stem) for stem, suffix in stems if suffix.lower() in SUFFIXES}
-    return len(folders) > 1 and "" not in folders and not any(suffix == ".txt" for _, suffix in stems)
+    stems = {stem for stem, suffix in map(os.path.splitext, keys) if suffix.lower() in SUFFIXES}
+    folders = {os.path.dirname(stem) for stem in stems}
+    return len(folders) > 1 and "" not in folders and not any(f"{stem}.txt" in keys for stem in stems)
 
 
 def _refuse_misplaced_metadata(root: Path, keys: dict[str, None]) -> None:
@@ -250,9 +251,9 @@ def caption_lines(name: str, data: bytes) -> tuple[str, ...]:
 
 
 def _scan_metadata(root: Path, file: str, keys: dict[str, None], config: DataConfig, scan: Scan) -> None:
-    lines, column = read_metadata(root / file), config.caption_column
+    lines = read_metadata(root / file)
     entries = [entry for _, entry, _ in lines if entry]
-    note = _check_columns(root / file, entries, column)
+    column, note = _check_columns(root / file, entries, config.caption_column)
     if note:
         scan.notes[note] += len(entries)
     _check_split(root, entries, config.split)
@@ -265,7 +266,7 @@ def _scan_metadata(root: Path, file: str, keys: dict[str, None], config: DataCon
         fault = fault or _fault(root, key, keys, entry)
         if first != number:
             fault = f"the same file_name as line {first}; put several captions into `captions`"
-        fields = other_fields(entry, column)
+        fields = other_fields(entry)
         if fault or key is None:
             where = " ".join(filter(None, (f"{file}:{number}", key)))
             scan.rows.append(Row(root / (key or file), (), where, fields, fault))
@@ -276,8 +277,8 @@ def _scan_metadata(root: Path, file: str, keys: dict[str, None], config: DataCon
         scan.notes[f"picture without a line in {file}"] += unnamed
 
 
-def _check_columns(path: Path, entries: list[dict[str, Any]], column: str | None) -> str:
-    """What `check_captions` says. Raises UserError when no line at all names files too."""
+def _check_columns(path: Path, entries: list[dict[str, Any]], column: str | None) -> tuple[str | None, str]:
+    """What `caption_column` says. Raises UserError when no line at all names files too."""
     columns = sorted({str(key) for entry in entries for key in entry})
     place = f"{shown(str(path))}: columns {', '.join(map(shown, columns)) or 'none'}"
     if entries and "file_name" not in columns:
@@ -285,7 +286,8 @@ def _check_columns(path: Path, entries: list[dict[str, Any]], column: str | None
         hint = f"; did you mean it by {shown(close[0])}?" if close else "."
         raise UserError(f"{place}; `file_name` is missing{hint}\n{LAYOUTS}")
     texts = {key for entry in entries for key, value in entry.items() if isinstance(value, (str, list))}
-    return check_captions(place, sorted(texts - {"file_name"}), column) if entries else ""
+    known = set(columns) & set(CAPTION_FIELDS)  # of whatever type: it is told where it is wrong
+    return caption_column(place, sorted((texts | known) - {"file_name"}), column) if entries else (None, "")
 
 
 def _check_split(root: Path, entries: list[dict[str, Any]], split: str | None) -> None:

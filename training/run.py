@@ -59,6 +59,8 @@ def train(config_path: str | Path, run: str | Path | None = None, overrides: Seq
     if config_path.is_dir():
         preset = preset or "full"
         config, name = tuning(config_path, preset, model, overrides), f"{config_path.resolve().name}-{preset}"
+    elif (preset is not None or model is not None) and not config_path.exists():
+        raise UserError(f"{config_path}: no such folder of pictures")
     elif preset is not None or model is not None:
         raise UserError(f"{config_path}: --preset and --model are of data sets; a config says all of that itself")
     else:
@@ -73,6 +75,8 @@ def train(config_path: str | Path, run: str | Path | None = None, overrides: Seq
 
 def shapes(config_path: str | Path, overrides: Sequence[str] = ()) -> str:
     """Check a config by one step on the meta device: no data, no weights, no memory; returns what was found."""
+    if Path(config_path).is_dir():
+        raise UserError(f"{config_path}: --shapes checks a config, and this is a folder; leave --shapes out")
     return check_shapes(load(RunConfig, config_path, overrides), Path(config_path))
 
 

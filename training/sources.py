@@ -20,7 +20,15 @@ from pathlib import Path, PurePosixPath
 from typing import Any, Protocol
 
 from ldm.decode import TAR_HEADER, Source, again
-from training.metadata import MAX_CAPTION_BYTES, METADATA, captions_of, other_fields, read_entry
+from training.metadata import (
+    CAPTION_FIELDS,
+    MAX_CAPTION_BYTES,
+    METADATA,
+    captions_of,
+    likely_column,
+    other_fields,
+    read_entry,
+)
 from training.rows import (
     CONVERT,
     SUFFIXES,
@@ -309,7 +317,8 @@ def _add_group(
         return
     if config.split is not None and str(fields.get("split")) != config.split:
         return
-    row, column = replace(row, fields=other_fields(fields, config.caption_column)), config.caption_column
+    row, words = replace(row, fields=other_fields(fields)), [k for k, v in fields.items() if isinstance(v, str)]
+    column = config.caption_column or (likely_column(words) if not {*fields} & {*CAPTION_FIELDS} else None)
     read = partial(captions_of, fields, column) if lines is None else partial(caption_lines, texts[0][0].name, lines)
     add_row(scan, config, row, read)
 

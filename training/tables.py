@@ -21,7 +21,7 @@ import pyarrow.parquet as pq
 
 from ldm.config import UserError
 from ldm.decode import Source, again
-from training.metadata import captions_of, check_captions, other_fields
+from training.metadata import CAPTION_FIELDS, caption_column, captions_of, other_fields
 from training.rows import (
     LAYOUTS,
     DataConfig,
@@ -58,13 +58,13 @@ def open_parquet(root: Path, names: list[str], config: DataConfig, shard_items: 
         except (OSError, pa.ArrowException) as error:
             blocks.append(_unreadable(path, name, _why(error)))
             continue
-        images[path], texts = _columns(path, schema, config, notes)
+        images[path], texts, column = _columns(path, schema, config, notes)
         split = re.sub(r"(-\d+)*(-of-\d+)?\.parquet$", "", name, flags=re.IGNORECASE)
         splits[split] += metadata.num_rows
         by_row = by_row or "split" in texts
         if config.split in (None, split) or "split" in texts:
             groups = [metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)]
-            blocks += _parquet_blocks(path, groups, texts, config, shard_items)
+            blocks += _parquet_blocks(path, groups, texts, column, config, shard_items)
     if config.split is not None and config.split not in splits and not by_row:
         have = ", ".join(f"{shown(split)} ({count})" for split, count in sorted(splits.items())) or "none at all"
         raise UserError(f"data.split: {shown(str(root))} has no split {config.split!a}; its files are of {have}.")
@@ -94,7 +94,7 @@ def open_saved(root: Path, config: DataConfig, shard_items: int) -> Blocks:
                 raise UserError(f"{shown(file['filename'])}: lies outside {shown(str(root))}")
         path = root / name if name else root
         part = part.with_format(None)
-        image, texts = _columns(path, part.features.arrow_schema, config, notes)
+        image, texts, column = _columns(path, part.features.arrow_schema, config, notes)
         if config.split is not None and not name and "split" not in texts:
             raise UserError(f"data.split: {shown(str(root))} has no column `split`, so there are no splits.")
         if isinstance(part.features[image], datasets.Image):
@@ -108,7 +108,8 @@ def open_saved(root: Path, config: DataConfig, shard_items: int) -> Blocks:
             digest = digest_of(part._fingerprint, name, start, stop, split, config.caption_rules)
             label = f"{name + ' ' if name else ''}rows {start} to {stop - 1}"
             count = _count(stop - start, split, config)
-            blocks.append(Block(label, digest, count, partial(_scan, path, name, start, stop, read, split, config)))
+            scan = partial(_scan, path, name, start, stop, read, split, column, config)
+            blocks.append(Block(label, digest, count, scan))
 
     def source(row: Row) -> Source | str:
         return _bytes(row, next(iter(pictures[row.path][row.offset].values())))
@@ -125,7 +126,7 @@ def _saved_entries(plain: Any, start: int, stop: int, more: dict[str, Any]) -> l
 
 
 def _parquet_blocks(
-    path: Path, groups: list[int], texts: list[str], config: DataConfig, shard_items: int
+    path: Path, groups: list[int], texts: list[str], column: str | None, config: DataConfig, shard_items: int
 ) -> list[Block]:
     runs: list[list[int]] = []
     for number, rows in enumerate(groups):
@@ -139,7 +140,7 @@ def _parquet_blocks(
         stop = start + sum(groups[i] for i in run)
         read = partial(_parquet_entries, path, {i: groups[i] for i in run}, texts)
         digest = digest_of(path.name, size, start, stop, split, config.caption_rules)
-        scan = partial(_scan, path, path.name, start, stop, read, split, config)
+        scan = partial(_scan, path, path.name, start, stop, read, split, column, config)
         name = f"{path.name} rows {start} to {stop - 1}"
         blocks.append(Block(name, digest, _count(stop - start, split, config), scan))
         start = stop
@@ -163,15 +164,15 @@ def _count(rows: int, split: str | None, config: DataConfig) -> int | None:
     return rows if split is None and config.missing_caption != "skip" else None
 
 
-def _scan(path: Path, name: str, start: int, stop: int, read: Entries, split: str | None, config: DataConfig) -> Scan:
+def _scan(path: Path, name: str, start: int, stop: int, read: Entries, split: str | None, column: str | None,
+          config: DataConfig) -> Scan:  # fmt: skip
     scan = Scan()
     keys = [f"{name}/{index:09d}" if name else f"{index:09d}" for index in range(start, stop)]
     for index, key, entry in zip(range(start, stop), keys, read(), strict=True):
         if isinstance(entry, str):
             scan.rows.append(Row(path, (), key, fault=entry))
         elif split is None or str(entry.get("split")) == split:
-            column = config.caption_column
-            fields = {k: _plain(v) for k, v in other_fields(entry, column).items()}
+            fields = {k: _plain(v) for k, v in other_fields(entry).items()}
             add_row(scan, config, Row(path, (), key, fields, offset=index), partial(captions_of, entry, column))
     scan.notes = +scan.notes
     return scan
@@ -181,8 +182,9 @@ def _plain(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _columns(path: Path, schema: pa.Schema, config: DataConfig, notes: Counter[str]) -> tuple[str, list[str]]:
-    """The column of pictures, and those of captions and plain values; where captions are guessed to be is noted.
+def _columns(path: Path, schema: pa.Schema, config: DataConfig, notes: Counter[str]
+             ) -> tuple[str, list[str], str | None]:  # fmt: skip
+    """The column of pictures, those of text and plain values, and that of captions as `caption_column` says, noted.
     Raises UserError where there is none."""
     able = [f.name for f in schema if _holds_bytes(f.type)]
     named = [name for wanted in IMAGE_COLUMNS for name in able if name.lower() == wanted]
@@ -193,11 +195,12 @@ def _columns(path: Path, schema: pa.Schema, config: DataConfig, notes: Counter[s
             f"{place}; none is of pictures: bytes, or bytes and path, named {', '.join(IMAGE_COLUMNS)}\n{LAYOUTS}"
         )
     words = [f.name for f in schema if f.name not in able and _is_text(f.type)]
-    note = check_captions(place, words, config.caption_column)
+    column, note = caption_column(place, [*words, *(n for n in CAPTION_FIELDS if n in schema.names and n not in words)],
+                                  config.caption_column)  # fmt: skip
     if note:
         notes[note] += 1
     texts = [f.name for f in schema if f.name not in able and (f.name in words or _is_plain(f.type))]
-    return found[0], texts
+    return found[0], texts, column
 
 
 def _is_binary(kind: pa.DataType) -> bool:
