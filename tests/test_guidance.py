@@ -83,6 +83,16 @@ def test_rescaling_brings_the_deviation_back() -> None:
             torch.testing.assert_close(one, whole * (share * ratio + 1 - share), rtol=1e-12, atol=0)
 
 
+def test_a_whole_rescale_has_the_deviation_of_the_better_one() -> None:
+    """Where guidance stretches x0 as well as moving it."""
+    x, worse, better = noisy(), *(Prediction(noisy(seed=k), noisy(seed=k)) for k in (5, 6))
+    got = Update(UpdateConfig(rescale=1.0))(better, worse, 4.0, x, T, SCHEDULE).x0
+    free = Update()(better, worse, 4.0, x, T, SCHEDULE).x0
+    for one, wanted, before in zip(got, better.x0, free, strict=True):
+        assert float(one.std()) == pytest.approx(float(wanted.std()), rel=1e-9)
+        assert float(before.std()) > 2 * float(wanted.std())
+
+
 @pytest.mark.parametrize("momentum", [0.0, -0.5])
 @pytest.mark.parametrize("parallel", [0.0, 0.3])
 @pytest.mark.parametrize("max_norm", [None, 0.7])

@@ -34,6 +34,7 @@ class Plan:
     seconds: dict[str, float] = field(default_factory=dict)
     parameters: int = 0
     peak_bytes: int = 0
+    trained: int | None = None  # of the parameters; None for all
 
     @property
     def torch_format(self) -> torch.memory_format:
@@ -43,11 +44,12 @@ class Plan:
         """The plan in lines, before work. averages: how many are kept."""
         there = next(folder for folder in (run.absolute(), *run.absolute().parents) if folder.exists())
         weights = 4 * self.parameters
-        saved = weights * (3 + averages)  # weights, two moments of AdamW, averages
+        moments = 8 * (self.parameters if self.trained is None else self.trained)  # AdamW has two
+        saved = weights * (1 + averages) + moments
         lines = [
             f"plan: {self.parameters / 1e6:.2f} million parameters, {self.memory_format} memory layout",
             f"  memory: {self.peak_bytes / 1e9:.2f} GB at the peak of a forward and backward pass, and "
-            f"{weights * (2 + averages) / 1e9:.2f} GB for optimizer and averages",
+            f"{(weights * averages + moments) / 1e9:.2f} GB for optimizer and averages",
             f"  disk: {saved / 1e6:.0f} MB a checkpoint, up to {config.keep_checkpoints + 1} of them for a moment "
             f"({shutil.disk_usage(there).free / 1e9:.1f} GB free at {run})",
         ]
@@ -83,8 +85,9 @@ def choose_format(module: StepModule, batch: Batch, accelerator: Accelerator, co
     best = torch.tensor(min(range(len(wanted)), key=lambda i: seconds[wanted[i]]), device=accelerator.device)
     if accelerator.num_processes > 1:
         best = broadcast(best)
-    parameters = sum(p.numel() for p in module.parameters())
-    plan = Plan(wanted[int(best)], {k: round(v, 4) for k, v in seconds.items()}, parameters, peak_bytes())
+    parameters, trained = (sum(p.numel() for p in module.parameters() if every or p.requires_grad)
+                           for every in (True, False))  # fmt: skip
+    plan = Plan(wanted[int(best)], {k: round(v, 4) for k, v in seconds.items()}, parameters, peak_bytes(), trained)
     if accelerator.is_main_process:
         write_atomically(file, lambda path: write_json(path, asdict(plan)))
     return plan
