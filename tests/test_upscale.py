@@ -233,7 +233,7 @@ class TestRefused:
         self.refused([source], tmp_path, out=tmp_path / "out", match="no such file")
 
     def test_pictures(self, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(module, "MAX_OUTPUT_PIXELS", 10_000)
+        monkeypatch.setattr(module, "MAX_PIXELS", 10_000)
         out = tmp_path / "out"
         good, large = picture(tmp_path / "good.png"), picture(tmp_path / "large.png", (30, 30))
         (tmp_path / "empty.png").touch()
