@@ -11,10 +11,12 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch.nn.functional import cross_entropy
 
 from ldm.config import UserError, load
 from ldm.latents import CodecConfig, LatentCodec, Normalisation
 from ldm.models.clip import Clip, ClipConfig, build_clip
+from ldm.models.noisy_classifier import NoisyClassifier, NoisyClassifierConfig
 from ldm.text import TextConfig
 from ldm.weights import Codec, load_noisy_classifier, save_clip
 from pipelines.cascade import Cascade, load_cascade
@@ -90,6 +92,19 @@ def test_the_picture_goes_where_the_classifier_points(trained: Path, model: Path
             times = stage.denoiser.schedule.network_time(t)
             likely.append(float(network.eval().log_prob(x0, times, {"style": torch.tensor([1, 1, 1])}).mean()))
     assert likely[1] > likely[0]
+
+
+def test_log_prob_is_the_cross_entropy_of_what_is_asked() -> None:
+    """Of all labels asked for, and of no class that is -1."""
+    torch.manual_seed(0)
+    classes = {"style": ("a", "b", "c"), "kind": ("d", "e")}
+    network = NoisyClassifier(NoisyClassifierConfig(widths=(8,), blocks=1, norm_groups=4), 4, classes).eval()
+    x, time = torch.randn(3, 4, 4, 4), torch.tensor([1.0, 500.0, 900.0])
+    wanted = {"style": torch.tensor([2, 0, -1]), "kind": torch.tensor([1, -1, 0])}
+    with torch.no_grad():
+        logits, got = network(x, time), network.log_prob(x, time, wanted)
+        losses = [cross_entropy(logits[name], each, reduction="none", ignore_index=-1) for name, each in wanted.items()]
+    torch.testing.assert_close(got, -(losses[0] + losses[1]))
 
 
 def test_clip_moves_pictures_toward_the_prompt(tiny_folder: Path, tmp_path: Path) -> None:
