@@ -17,7 +17,7 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 # of each file: the tests that are to notice, the quickest first; then pairs of what stands there and what is put there
 FILES: dict[str, tuple[str, list[tuple[str, str]]]] = {
-    "ldm/noise.py": ("noise solvers sampling denoiser matrix likelihood", [
+    "ldm/noise.py": ("noise weightings solvers sampling denoiser matrix likelihood", [
         ("torch.linspace(start, end, steps,", "torch.linspace(start, end, steps + 1,"),
         ("steps, dtype=torch.float64) ** 2", "steps, dtype=torch.float64)"),
         ("(u + _COSINE_OFFSET)", "(u - _COSINE_OFFSET)"),
@@ -75,7 +75,7 @@ FILES: dict[str, tuple[str, list[tuple[str, str]]]] = {
         ("- 1 + spread) / 2", "- 1 - spread) / 2"),
         ("log_variance_hat + math.log(2 * math.pi)) / 2", "log_variance_hat - math.log(2 * math.pi)) / 2"),
     ]),
-    "ldm/denoiser.py": ("denoiser matrix sampling low_res", [
+    "ldm/denoiser.py": ("denoiser weightings matrix sampling low_res", [
         ("return (alpha * eps - sigma * x0)", "return (alpha * eps + sigma * x0)"),
         ("- sigma * x0) / torch.sqrt(alpha**2 + sigma**2)", "- sigma * x0) / (alpha**2 + sigma**2)"),
         ("return of_x * (alpha * x0 + sigma * eps) + of_x0", "return of_x * (alpha * x0 + sigma * eps) - of_x0"),
