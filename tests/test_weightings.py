@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from ldm.denoiser import DenoiserConfig, loss_weight
+from ldm.conditioning import Conditioning
+from ldm.denoiser import Denoiser, DenoiserConfig, loss_weight
 from ldm.noise import NoiseSchedule, NoiseScheduleConfig, posterior, posterior_kl
 
 
@@ -41,3 +43,27 @@ def test_the_last_step_of_the_bound_is_a_gaussian_decoder() -> None:
     density = torch.distributions.Normal(mean, torch.exp(log_variance / 2)).log_prob(x0)
     got = posterior_kl(schedule, x_t, x0, found, t, torch.zeros_like(t))
     torch.testing.assert_close(got, -density.flatten(1).mean(1))
+
+
+def test_the_mean_that_is_learned_is_that_of_the_step_before() -> None:
+    """Ho et al. 2020, eq. 7, written out: a network that gives the mean of q(x_{k-1} | x_k, x0) has no error."""
+    schedule = NoiseSchedule(NoiseScheduleConfig(kind="linear", steps=10))
+    abar, k = schedule.abar, torch.tensor([2, 6, 9])
+    beta, before = 1 - abar[k] / abar[k - 1], abar[k - 1]
+    generator = torch.Generator().manual_seed(0)
+    x0, eps = (torch.randn(3, 2, 4, 4, dtype=torch.float64, generator=generator) for _ in range(2))
+    x_k = abar[k].sqrt().view(-1, 1, 1, 1) * x0 + (1 - abar[k]).sqrt().view(-1, 1, 1, 1) * eps
+    of_x0, of_x = before.sqrt() * beta / (1 - abar[k]), (1 - beta).sqrt() * (1 - before) / (1 - abar[k])
+    mean = of_x0.view(-1, 1, 1, 1) * x0 + of_x.view(-1, 1, 1, 1) * x_k
+
+    class Knows(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.unused = torch.nn.Parameter(torch.zeros(1, dtype=torch.float64))
+
+        def forward(self, *_: Any, **__: Any) -> Any:
+            return SimpleNamespace(sample=mean)
+
+    denoiser = Denoiser(Knows(), schedule, DenoiserConfig(target="mean"))
+    error = denoiser.error(x0, eps, (k + 1).double() / 10, Conditioning())
+    assert float(error.max()) < 1e-20
