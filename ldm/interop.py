@@ -30,7 +30,7 @@ BETAS = {"linear": "linear", "scaled_linear": "scaled_linear", "squaredcos_cap_v
 SPACINGS = {"trailing": "uniform", "leading": "leading", "linspace": "linspace"}
 # what changes no number in float32, or is read apart
 _ASIDE = ("sample_size", "upcast_attention", "force_upcast", "scaling_factor", "shift_factor", "latents_mean",
-          "latents_std", "attention_type")  # fmt: skip
+          "latents_std")  # fmt: skip
 _PER_LEVEL = ("attention_head_dim", "transformer_layers_per_block", "only_cross_attention", "layers_per_block")
 _SAMPLERS = {
     "DDPMScheduler": "ddpm", "DDIMScheduler": "ddim", "EulerDiscreteScheduler": "euler",

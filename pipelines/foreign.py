@@ -43,7 +43,7 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
 }
 _UNUSED = ("safety_checker", "feature_extractor", "image_encoder", "watermarker")
 _OLD_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
-_PARTS = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
+_PARTS = ("unet", "vae", "text_encoder", "tokenizer", "scheduler", "low_res_scheduler")
 
 
 def load_pipeline(folder: str | Path, device: torch.device | str = "cpu") -> Cascade:
