@@ -1,6 +1,7 @@
 """LatentCodec: pixels <-> moments <-> latents.  Without an autoencoder, latents are the pixels themselves.
 
     pixels (B, 3, H, W) in [-1, 1] -> space-to-depth -> AutoencoderKL -> moments (B, 2C, h, w) = [mean, log-variance]
+    (each space-to-depth once more where the codec folds its latents)
     moments -> a draw, or the mean -> raw latent (B, C, h, w) -> (raw - mean) / std of the stage -> unit variance
 """
 
@@ -21,24 +22,30 @@ LOG_VARIANCE_RANGE = (-30.0, 20.0)
 @dataclass(frozen=True)
 class CodecConfig(Config):
     """Space-to-depth by `unshuffle`, then an autoencoder, or none for stages that work on pixels. grey: pictures are
-    one channel, the mean of their three, and come back grey."""
+    one channel, the mean of their three, and come back grey. fold: so many of the autoencoder's cells along each side
+    make one cell of the latents, with fold^2 times its channels: the same numbers on a smaller grid, for a cheaper
+    denoiser; it can be changed after training."""
 
     unshuffle: int = 4
     autoencoder: AutoencoderConfig | None = AutoencoderConfig()
     grey: bool = False
+    fold: int = 1
 
     def __post_init__(self) -> None:
         if self.unshuffle not in (1, 2, 4, 8):
             raise ValueError(f"unshuffle must be 1, 2, 4 or 8, not {self.unshuffle}")
+        if self.fold not in (1, 2, 4) or (self.fold > 1 and self.autoencoder is None):
+            raise ValueError(f"fold must be 1, 2 or 4, and 1 without an autoencoder, not {self.fold}")
 
     @property
     def factor(self) -> int:
         """Pixels per latent cell along each side."""
-        return self.unshuffle * (2 ** (len(self.autoencoder.widths) - 1) if self.autoencoder else 1)
+        own = 2 ** (len(self.autoencoder.widths) - 1) if self.autoencoder else 1
+        return self.unshuffle * own * self.fold
 
     @property
     def latent_channels(self) -> int:
-        return self.autoencoder.latent_channels if self.autoencoder else self.squares
+        return self.autoencoder.latent_channels * self.fold**2 if self.autoencoder else self.squares
 
     @property
     def squares(self) -> int:
@@ -113,10 +120,12 @@ class LatentCodec(nn.Module):
             return torch.cat([squares, torch.full_like(squares, LOG_VARIANCE_RANGE[0])], dim=1)
         parameters = self.autoencoder.encode(squares).latent_dist.parameters
         mean, log_variance = parameters.chunk(2, dim=1)
-        return torch.cat([mean, log_variance.clamp(*LOG_VARIANCE_RANGE)], dim=1)
+        bounded = log_variance.clamp(*LOG_VARIANCE_RANGE)
+        return torch.cat([pixel_unshuffle(m, self.config.fold) for m in (mean, bounded)], dim=1)
 
     def decode(self, raw: Tensor) -> Tensor:
         """Raw latents (B, C, h, w) -> pixels (B, 3, H, W), not clipped."""
+        raw = pixel_shuffle(raw, self.config.fold)
         squares = raw if self.autoencoder is None else self.autoencoder.decode(raw).sample
         pixels = pixel_shuffle(squares, self.config.unshuffle)
         return pixels.expand(-1, 3, -1, -1) if self.config.grey else pixels

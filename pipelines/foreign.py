@@ -135,8 +135,8 @@ def export_pipeline(cascade: Cascade, out: str | Path, dtype: torch.dtype = torc
     refused = {
         f"{len(cascade.stages)} stages: export them one by one, with --stage": len(cascade.stages) > 1,
         f"text encoder {text.kind}: stock pipelines are told by CLIP": text.kind != "clip",
-        "its codec has no autoencoder, squares pixels before it, or is of grey": codec.autoencoder is None
-        or codec.unshuffle > 1 or codec.grey,
+        "its codec has no autoencoder, squares pixels before it, folds its latents, or is of grey":
+        codec.autoencoder is None or codec.unshuffle > 1 or codec.fold > 1 or codec.grey,
         "it is told of holes in another order than stock pipelines": config.inpainting,
         "latents have statistics per channel, and stock pipelines one scale": len(set(std)) > 1
         or any(config.normalisation.mean),

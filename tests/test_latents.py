@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
@@ -51,6 +53,29 @@ def test_codec_is_the_autoencoder_behind_space_to_depth() -> None:
     mean, log_variance = codec.encode(pixels).chunk(2, dim=1)
     torch.testing.assert_close(mean, stock.mode(), rtol=0, atol=0)
     torch.testing.assert_close(log_variance, stock.logvar, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("fold", [2, 4])
+@torch.no_grad()
+def test_folded_latents_are_the_same_numbers_on_a_smaller_grid(fold: int) -> None:
+    plain = codec_of(1, 1)
+    folded = LatentCodec(replace(plain.config, fold=fold))
+    folded.load_state_dict(plain.state_dict())
+    assert (folded.config.factor, folded.config.latent_channels) == (fold, 2 * fold**2)
+    pixels = torch.rand(2, 3, 16, 24, generator=generator()) * 2 - 1
+    for moments, expected in zip(folded.encode(pixels).chunk(2, 1), plain.encode(pixels).chunk(2, 1), strict=True):
+        for channel in range(2):
+            cells = moments[:, channel * fold**2 : (channel + 1) * fold**2].unflatten(1, (fold, fold))
+            together = cells.permute(0, 3, 1, 4, 2).reshape(2, 16, 24)  # (B, h, row in it, w, column in it)
+            torch.testing.assert_close(together, expected[:, channel], rtol=0, atol=0)
+    raw = folded.encode(pixels).chunk(2, 1)[0]
+    torch.testing.assert_close(folded.decode(raw), plain.decode(plain.encode(pixels).chunk(2, 1)[0]), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(("fold", "autoencoder"), [(3, AutoencoderConfig()), (2, None)])
+def test_a_fold_that_cannot_be_is_refused(fold: int, autoencoder: AutoencoderConfig | None) -> None:
+    with pytest.raises(ValueError, match="fold must be 1, 2 or 4, and 1 without an autoencoder"):
+        CodecConfig(autoencoder=autoencoder, fold=fold)
 
 
 @torch.no_grad()

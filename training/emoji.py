@@ -127,7 +127,7 @@ def _concept_name(entry: dict[str, Any]) -> str:
 
 
 def captions(entry: dict[str, Any], style: str) -> list[str]:
-    """The six captions of a picture: four that name the style, two that do not. Fixed, so they can be cached."""
+    """The six captions of a picture: five that name the style, one that does not. Fixed, so they can be cached."""
     name = _concept_name(entry)
     tags = [t for t in entry.get("tags", []) if t.lower() not in name.lower()]
     tags.sort(key=lambda tag: _stable_hash("tag", entry["hexcode"], tag))
@@ -139,7 +139,7 @@ def captions(entry: dict[str, Any], style: str) -> list[str]:
         f"{article} {name}, {style} style",
         f"{name}, {first}, {second}, {style} style" if tags else f"{style} style {name}",
         name,
-        f"{name}, {first}" if tags else f"{article} {name}",
+        f"{style} {name}, {first}" if tags else f"{article} {name} in {style} style",
     )
     return list(dict.fromkeys(found))
 
