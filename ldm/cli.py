@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from ldm.eval_cli import Overwrite, StageSet, eval_app, printable, tell
+from ldm.eval_cli import Embeddings, Loras, Overwrite, StageSet, eval_app, printable, tell
 
 app = typer.Typer(
     name="ldm",
@@ -23,10 +23,6 @@ app.add_typer(eval_app, name="eval")
 ckpt_app = typer.Typer(help="Look at the checkpoints of a run.", no_args_is_help=True)
 app.add_typer(ckpt_app, name="ckpt")
 
-Loras = Annotated[
-    list[str] | None,
-    typer.Option("--lora", metavar="[STAGE=]PATH[:WEIGHT]", help="A LoRA to add to a stage; may be repeated."),
-]
 Config = Annotated[Path, typer.Argument(help="A YAML file, such as configs/emoji/base.yaml.")]
 Set = Annotated[
     list[str] | None, typer.Option("--set", metavar="A.B=C", help="Override a config value; may be repeated.")
@@ -49,11 +45,12 @@ def data_emoji(
         Path | None, typer.Option(help="Folder of the npm tarballs; fetched with npm where missing.")
     ] = None,
     more: Annotated[bool, typer.Option("--more", help="Draw them in six more designs, for a judge.")] = False,
+    only: Annotated[str | None, typer.Option(help="Keep one design alone, such as openmoji.")] = None,
 ) -> None:
     """Build the emoji data set (six designs, captions, splits) from its public npm packages."""
     from training.emoji import SPLITS, build
 
-    built = build(folder, packages, more)
+    built = build(folder, packages, more, only)
     typer.echo(f"{'':22}" + "".join(f"{split:>10}" for split in SPLITS))
     for style in dict.fromkeys(style for _, style in built.counts):
         typer.echo(f"{style:22}" + "".join(f"{built.counts[split, style]:>10}" for split in SPLITS))
@@ -122,8 +119,9 @@ def train(
         bool, typer.Option("--shapes", help="With --dry-run: shapes and work alone; no data, weights or memory.")
     ] = False,
     preset: Annotated[
-        Literal["full", "lora", "control", "sr"] | None,
-        typer.Option(help="Of a data set: train all of the base, a LoRA of it, a ControlNet for it, or the SR stage."),
+        Literal["full", "lora", "control", "inversion", "sr"] | None,
+        typer.Option(help="Of a data set: train all of the base, a LoRA of it, a ControlNet for it, a word that stands "
+                     "for the pictures, or the SR stage."),
     ] = None,
     model: Annotated[Path | None, typer.Option(help="Of a data set: where to begin; default: the shipped one.")] = None,
     overrides: Set = None,
@@ -219,6 +217,10 @@ def generate(
     control: Annotated[Path | None, typer.Option(help="A ControlNet's folder, to be told of --control-from.")] = None,
     control_from: Annotated[Path | None, typer.Option(help="A picture whose edges, or colours, are kept to.")] = None,
     control_scale: Annotated[float, typer.Option(help="How much the ControlNet adds.")] = 1.0,
+    embeddings: Embeddings = None,
+    captions: Annotated[
+        bool, typer.Option("--captions", help="Write metadata.jsonl too, which makes a data set of the pictures.")
+    ] = False,
 ) -> None:
     """Draw pictures for prompts; the last line printed is the grid's path."""
     from ldm.config import UserError
@@ -232,9 +234,9 @@ def generate(
 
     steer = SteeringRequest(classifier, toward or (), classifier_scale, clip, clip_scale)
     chosen = [name.strip() for name in stages.split(",") if name.strip()]
-    networks = ModelRequest(model, chosen, None, weak, loras or (), told)
+    networks = ModelRequest(model, chosen, None, weak, loras or (), told, embeddings or ())
     done = generate(prompts, networks, n, seed, steps, guidance, out, overwrite, overrides or (), keep_stages, best_of,
-                    clip, negative, steer, tell)  # fmt: skip
+                    clip, negative, steer, captions, tell)  # fmt: skip
     typer.echo(str(done))
 
 
@@ -260,12 +262,13 @@ def edit(
     overwrite: Overwrite = False,
     overrides: StageSet = None,
     loras: Loras = None,
+    embeddings: Embeddings = None,
 ) -> None:
     """Draw from a picture on, all of it or what a mask marks; the last line printed is the grid's path."""
     from pipelines.edit import edit
     from pipelines.generate import ModelRequest
 
-    networks = ModelRequest(model, loras=loras or ())
+    networks = ModelRequest(model, loras=loras or (), embeddings=embeddings or ())
     typer.echo(str(edit(picture, prompt, mask, networks, strength, resamples, composite, n, seed, steps, guidance,
                         negative, out, overwrite, overrides or (), tell=tell)))  # fmt: skip
 

@@ -12,6 +12,14 @@ eval_app = typer.Typer(help="Measure what was trained.", no_args_is_help=True)
 StageSet = Annotated[
     list[str] | None, typer.Option("--set", metavar="STAGE.A=B", help="Override a stage's sampling, as sr.steps=4.")
 ]
+Loras = Annotated[
+    list[str] | None,
+    typer.Option("--lora", metavar="[STAGE=]PATH[:WEIGHT]", help="A LoRA to add to a stage; may be repeated."),
+]
+Embeddings = Annotated[
+    list[str] | None,
+    typer.Option("--embedding", metavar="[WORD=]PATH", help="A word learned by textual inversion; may be repeated."),
+]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace files of the same names.")]
 
 
@@ -154,12 +162,16 @@ def eval_pictures(
     prompts: Annotated[Path | None, typer.Option(help="Other prompts: JSON lines with the fields to find.")] = None,
     cache: Annotated[Path, typer.Option(help="Where features of the training pictures are kept.")] = Path("cache"),
     overrides: StageSet = None,
+    loras: Loras = None,
+    embeddings: Embeddings = None,
     overwrite: Overwrite = False,
 ) -> None:
     """Draw pictures for captions never trained on and measure them: do they show it, and how well?"""
+    from pipelines.generate import ModelRequest
     from training.picture_report import evaluate
 
-    typer.echo(str(evaluate(model, data, out, judge, clip, split, seeds, rows, stages or [], prompts, cache,
+    networks = ModelRequest(model, loras=loras or (), embeddings=embeddings or ())
+    typer.echo(str(evaluate(networks, data, out, judge, clip, split, seeds, rows, stages or [], prompts, cache,
                             overrides or [], overwrite, tell=tell)))  # fmt: skip
 
 

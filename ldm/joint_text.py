@@ -57,7 +57,10 @@ class JointTextEncoder(TextEncoder):
             return [list(range(a, min(a + ROWS, len(tokens)))) for a in range(0, len(tokens), ROWS)]
         return last.groups([ids[self.max_tokens - last.max_tokens :] for ids in tokens])
 
-    @torch.no_grad()
+    def learn(self, word: str, rows: Tensor) -> None:
+        """Raises UserError: no word stands in several encoders' tables."""
+        raise UserError(f"{word!a}: a joint text encoder learns no words; use one encoder alone")
+
     def states(self, tokens: list[list[int]]) -> Tensor:
         """One call of each network: a group of at most ROWS captions -> states (len(tokens), length, D)."""
         found, start = [], 0

@@ -21,6 +21,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ldm.config import UserError
+from ldm.lexicon import Lexicon
 from ldm.text_config import TextConfig as TextConfig
 
 ROWS = 8  # every network call has this many rows, because other shapes give other last bits
@@ -89,8 +90,8 @@ class TextEncoder:
     """A frozen text encoder in float32; `load_text_encoder` makes it.
 
     width D; max_tokens L, the fixed length of every result; pad_id: the token of padding; uses_mask: whether padding is
-    told apart; digest: SHA-256 over the bytes of weights, tokenizer and config, the architecture and L; files:
-    name -> path of everything that a copy of this encoder needs; module: the network; device.
+    told apart; lexicon: its words; digest: SHA-256 over the bytes of weights, tokenizer and config, the architecture
+    and L; files: name -> path of everything that a copy of this encoder needs; module: the network; device.
     """
 
     def __init__(self, config: TextConfig, parts: _Parts, max_tokens: int, device: torch.device) -> None:
@@ -103,14 +104,20 @@ class TextEncoder:
         self.digest = _digest("bert" if config.kind == "minilm" else config.kind, max_tokens, parts.files)
         self.device = device
         self.module = parts.model.to(device=device, dtype=torch.float32).eval().requires_grad_(False)
+        self.lexicon = Lexicon(parts.model, parts.tokenize)
         self._parts = parts
 
+    @torch.no_grad()
     def encode(self, captions: Sequence[str]) -> tuple[Tensor, Tensor | None]:
         """States (B, L, D) float32 and, where uses_mask, real tokens (B, L) bool, else None; on `device`.
 
         Longer captions are truncated (see `token_count`). A caption has the same states, bit for bit, in any
         batch. States of padding are exactly 0 where uses_mask. The empty caption gives the null.
         """
+        return self.told(captions)
+
+    def told(self, captions: Sequence[str]) -> tuple[Tensor, Tensor | None]:
+        """What `encode` gives, through which gradients reach words that are being learned."""
         tokens = self.tokens(captions)
         states = torch.zeros(len(tokens), self.max_tokens, self.width, device=self.device)
         mask = torch.zeros(len(tokens), self.max_tokens, dtype=torch.bool, device=self.device)
@@ -123,7 +130,7 @@ class TextEncoder:
 
     def tokens(self, captions: Sequence[str]) -> list[list[int]]:
         """Token ids of each caption with the special tokens, at most `max_tokens`."""
-        found = self._parts.tokenize([_clean(caption) for caption in captions]) if captions else []
+        found = self.lexicon([_clean(caption) for caption in captions]) if captions else []
         limit = self.max_tokens
         # the end token stays
         return [ids if len(ids) <= limit else [*ids[: limit - 1], ids[-1]] for ids in found]
@@ -135,7 +142,6 @@ class TextEncoder:
             by_length.setdefault(self._padded(len(ids)), []).append(index)
         return [found[a : a + ROWS] for found in by_length.values() for a in range(0, len(found), ROWS)]
 
-    @torch.no_grad()
     def states(self, tokens: list[list[int]]) -> Tensor:
         """One call of the network: at most ROWS captions of one padded length -> states (len(tokens), length, D)."""
         length = self._padded(len(tokens[0]))
@@ -153,8 +159,12 @@ class TextEncoder:
 
     def token_count(self, caption: str) -> tuple[int, int]:
         """Tokens (used, total) of a caption, special tokens included; used < total means it is truncated."""
-        total = len(self._parts.tokenize([_clean(caption)])[0])
+        total = len(self.lexicon([_clean(caption)])[0])
         return min(total, self.max_tokens), total
+
+    def learn(self, word: str, rows: Tensor) -> None:
+        """Tell a word as the embeddings `rows` (n, width of its table) from now on (`ldm.lexicon.Lexicon.learn`)."""
+        self.lexicon.learn(word, rows.to(self.device))
 
     def _padded(self, count: int) -> int:
         """The length that a caption of `count` tokens is computed at; without a mask padding is part of the caption."""

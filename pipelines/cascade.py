@@ -42,6 +42,7 @@ from ldm.weights import (
     save_network,
     write_json,
 )
+from ldm.words import load_words
 from pipelines.settings import SamplingConfig, StageConfig
 from pipelines.stage import Edit, OnStep, Stage, Steering
 
@@ -194,6 +195,21 @@ class Cascade:
             stage = self.only(head).stages[0] if named else self.stages[0]
             told = f"{stage.config.name} {merge_lora(stage.denoiser.net, Path(path), weight)} {weight!r}"
             found = replace(found, digest=hashlib.sha256(f"{found.digest} {told}".encode()).hexdigest())
+        return found
+
+    def taught(self, embeddings: Sequence[str]) -> Cascade:
+        """With words for its text encoder, each "PATH", or "WORD=PATH" for a word of another name. The encoder is
+        changed in place. Raises UserError for a file that is none, or of another encoder's width."""
+        found = self
+        for item in embeddings:
+            word, sign, path = item.partition("=") if not Path(item).exists() else ("", "", item)
+            words, digest = load_words(Path(path if sign else item))
+            if sign and len(words) > 1:
+                raise UserError(f"--embedding {item!a}: the file has {len(words)} words: {', '.join(words)}")
+            for name, rows in words.items():
+                found.text.learn(word if sign else name, rows)
+            told = f"{found.digest} {word} {digest}"
+            found = replace(found, digest=hashlib.sha256(told.encode()).hexdigest())
         return found
 
     def recipe(self, prompt: str, seed: int, sampling: Sequence[SamplingConfig], negative: str = "") -> dict[str, Any]:

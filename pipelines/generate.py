@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import secrets
@@ -22,6 +23,7 @@ from pipelines.settings import MAX_GUIDANCE, MAX_STEPS, SamplingConfig
 from pipelines.steering import SteeringRequest, steering
 
 SHIPPED = Path(__file__).parent / "weights" / "emoji"
+METADATA = "metadata.jsonl"
 MAX_SEED = 2**63 - 1
 MAX_PIXELS = 2**26
 MAX_PROMPT_CHARS = 20_000
@@ -32,7 +34,7 @@ class ModelRequest:
     """Which networks draw, and where. folder: a cascade, None for the shipped one; stages: the names of those to run,
     all by default; device: None is the GPU where there is one; weak: a cascade whose stages, less trained or smaller,
     those of the same names are guided against where overrides say so, as "base.guided=network"; loras: as of
-    `Cascade.merged`; control: of the first stage."""
+    `Cascade.merged`; control: of the first stage; embeddings: as of `Cascade.taught`."""
 
     folder: str | Path | None = None
     stages: Sequence[str] = ()
@@ -40,13 +42,14 @@ class ModelRequest:
     weak: str | Path | None = None
     loras: Sequence[str] = ()
     control: ControlRequest | None = None
+    embeddings: Sequence[str] = ()
 
     def load(self, tell: Callable[[str], None]) -> Cascade:
         """Raises UserError for what cannot be used, and where the first stage draws nothing by itself."""
         if self.control is not None and self.weak is not None:
             raise UserError("--control and --weak do not go together: the weaker network has no ControlNet")
         device = self.device or ("cuda" if torch.cuda.is_available() else "cpu")
-        cascade = load_cascade(self.folder or SHIPPED, device).merged(self.loras)
+        cascade = load_cascade(self.folder or SHIPPED, device).merged(self.loras).taught(self.embeddings)
         cascade = cascade.only(*self.stages) if self.stages else cascade
         if cascade.stages[0].config.low_res is not None:
             name = cascade.stages[0].config.name
@@ -67,7 +70,7 @@ def generate(prompts: Sequence[str], model: Model = None, n: int = 4, seed: int 
              steps: int | None = None, guidance: float | None = None, out: str | Path = "out",
              overwrite: bool = False, overrides: Sequence[str] = (), keep_stages: bool = False,
              best_of: int | None = None, clip: str | Path | None = None, negative: str = "",
-             steer: SteeringRequest | None = None,
+             steer: SteeringRequest | None = None, captions: bool = False,
              tell: Callable[[str], None] = lambda line: None) -> Path:  # fmt: skip
     """Write `n` pictures per prompt and grid.png into `out`; returns the grid's path.
 
@@ -75,8 +78,8 @@ def generate(prompts: Sequence[str], model: Model = None, n: int = 4, seed: int 
     metadata record. steps and guidance are those of the first stage; overrides set anything of any, such as
     "sr.steps=4". keep_stages: write each stage's picture too, as 0000-base.png. best_of: draw so many of each prompt,
     with seed, seed + 1, ..., and keep the `n` that the CLIP in the folder `clip` finds most like it, best first.
-    negative: a prompt to guide away from. steer: what else guides the first stage.
-    tell: gets a line for each thing the user should know (truncation, empty prompts, the seed).
+    negative: a prompt to guide away from. steer: what else guides the first stage. captions: write metadata.jsonl too,
+    with which `out` is a data set. tell: gets a line for each thing the user should know (truncation, the seed).
     Raises UserError, before any work, for values out of range, a model that cannot be used, or files in the way.
     """
     candidates = n if best_of is None else best_of
@@ -88,7 +91,7 @@ def generate(prompts: Sequence[str], model: Model = None, n: int = 4, seed: int 
     check_out(out, names, overwrite)
     cascade = request_of(model).load(tell)
     kept = [stage.config.name for stage in cascade.stages[:-1]] if keep_stages else []
-    names += [f"{k:04d}-{stage}.png" for k in range(len(prompts) * n) for stage in kept]
+    names += [f"{k:04d}-{stage}.png" for k in range(len(prompts) * n) for stage in kept] + [METADATA] * captions
     check_out(out, names, overwrite)
     side = cascade.stages[-1].config.resolution_px
     if len(prompts) * candidates * side**2 > MAX_PIXELS:
@@ -119,6 +122,9 @@ def generate(prompts: Sequence[str], model: Model = None, n: int = 4, seed: int 
                 name = f"{k:04d}-{stage}.png" if stage else names[k]
                 save_png(picture, out / name, own.recipe(*asked[k], sampling[: len(own.stages)], negative) | told)
         save_png(grid(list(to_uint8(drawn[-1])), columns), out / "grid.png")
+        if captions:
+            rows = [{"file_name": name, "caption": prompt} for name, (prompt, _) in zip(names, asked, strict=False)]
+            (out / METADATA).write_text("\n".join(map(json.dumps, rows)) + "\n", encoding="utf-8")
     return out / "grid.png"
 
 

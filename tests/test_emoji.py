@@ -165,3 +165,16 @@ def test_more_designs_change_nothing_else(
     assert {r["cluster"] for r in added} <= {r["cluster"] for r in plain}
     assert (tmp_path / "more/crayon/2764.png").is_file()
     assert "crayon" in (tmp_path / "more/SOURCES.md").read_text()
+    emoji.build(tmp_path / "one", packages, only="crayon")
+    alone = [json.loads(line) for line in (tmp_path / "one/metadata.jsonl").read_text().splitlines()]
+    assert [(r["file_name"], r["cluster"]) for r in alone] == [(r["file_name"], r["cluster"]) for r in added]
+    assert {p.parent.name for p in (tmp_path / "one").glob("*/*.png")} == {"crayon"}
+    with pytest.raises(UserError, match="--only 'chalk': no such design; there are noto, "):
+        emoji.build(tmp_path / "none", packages, only="chalk")
+
+
+def test_some_of_a_design_alone_is_held_out() -> None:
+    pictures = [emoji.Picture("crayon", f"{k:X}", "", False, [], "", "", f"{k:X}", "train") for k in range(3000)]
+    splits = [p.split for p in emoji.held_out_of("crayon", pictures)]
+    assert 0.03 < splits.count("combos") / 3000 < 0.05
+    assert 0.005 < splits.count("concepts") / 3000 < 0.016

@@ -208,7 +208,7 @@ def test_a_judge_that_cannot_judge_is_refused() -> None:
 def test_an_sr_stage_alone_is_refused(tmp_path: Path) -> None:
     from tests.tiny import save_tiny_sr
 
-    with pytest.raises(UserError, match="stage middle draws nothing by itself"):
+    with pytest.raises(UserError, match="stage middle enlarges pictures and draws none"):
         evaluate(save_tiny_sr(tmp_path), EMOJI, tmp_path / "out", cache=tmp_path / "cache")
 
 

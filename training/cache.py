@@ -26,7 +26,7 @@ from itertools import accumulate
 from pathlib import Path
 from shutil import copyfileobj
 from tempfile import TemporaryFile
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -115,6 +115,31 @@ def padded(states: Sequence[Tensor], length: int, uses_mask: bool) -> Conditioni
     out = np.zeros((len(states), length, states[0].shape[1]), np.float32)
     out[mask] = np.concatenate([s.numpy() for s in states])
     return Conditioning(torch.from_numpy(out), torch.from_numpy(mask) if uses_mask else None)
+
+
+class Items(Protocol):
+    """What training reads of a data set; `Cache` says what each member gives."""
+
+    manifest: dict[str, Any]
+    key: CacheKey
+
+    def __len__(self) -> int: ...
+
+    def stored(self, indices: Sequence[int]) -> Tensor: ...
+
+    def low_res(self, indices: Sequence[int]) -> Tensor: ...
+
+    def captions(self, index: int) -> list[int]: ...
+
+    def record(self, index: int) -> dict[str, Any]: ...
+
+    def text(self, captions: Sequence[int]) -> Conditioning: ...
+
+    @property
+    def null(self) -> Conditioning: ...
+
+    @property
+    def normalisation(self) -> Normalisation: ...
 
 
 class Cache:

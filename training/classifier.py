@@ -21,10 +21,9 @@ from ldm.low_res import DegradationConfig, degrade
 from ldm.models.classifier import Classifier, ClassifierConfig, start_from
 from ldm.weights import load_classifier, save_classifier, write_json
 from pipelines.images import grid, save_png, to_uint8
-from training.cache import Cache
+from training.cache import Items
 from training.data import Reader
 from training.loader import Batch, StepModule
-from training.online import Online
 from training.stages import EVALUATION_ROWS, StageRun, written_whole
 from training.steps import StepResult, planes
 
@@ -152,7 +151,7 @@ def _signed(batch: Batch, count: int) -> Tensor:
     return torch.stack([batch.uniform() for _ in range(count)]).float() * 2 - 1
 
 
-def show_augmented(cache: Cache | Online, side_px: int, config: AugmentationConfig, path: Path) -> None:
+def show_augmented(cache: Items, side_px: int, config: AugmentationConfig, path: Path) -> None:
     """Write what `augment` makes of the first items; the same at every time."""
     first = list(range(min(len(cache), 16)))
     batch = Batch(cache, first, [torch.Generator().manual_seed(i) for i in first], first, len(first))
@@ -165,7 +164,7 @@ def labels_of(records: Sequence[dict[str, Any]], name: str, classes: Sequence[st
     return torch.tensor([places.get(str(record["fields"][name]), -1) for record in records])
 
 
-def classes_of(cache: Cache | Online, labels: Sequence[str], data: str) -> dict[str, tuple[str, ...]]:
+def classes_of(cache: Items, labels: Sequence[str], data: str) -> dict[str, tuple[str, ...]]:
     """Every value of each field among the items, sorted. Raises UserError for a field that an item lacks."""
     found: dict[str, set[str]] = {name: set() for name in labels}
     for index in range(len(cache)):

@@ -13,22 +13,26 @@ from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
 from ldm.config import Config, UserError, parse
-from ldm.control import ControlConfig, ControlFile, control_picture, copied_control, save_control
+from ldm.control import ControlConfig, control_picture
 from ldm.denoiser import Denoiser, DenoiserConfig, check_together
 from ldm.latents import CodecConfig, LatentCodec, Normalisation, decode_rows
-from ldm.lora import LoraConfig, add_lora, save_lora
+from ldm.lora import LoraConfig
 from ldm.low_res import DegradationConfig, LowResConfig
 from ldm.models.unet import UNetConfig, build_unet, unet_shape
 from ldm.noise import NoiseScheduleConfig
 from ldm.text import TextConfig, TextEncoder, load_text_encoder
 from ldm.weights import NETWORK_FILE, Codec, load_codec, load_network, read_json, write_json
+from ldm.words import InversionConfig
 from pipelines.cascade import Cascade
 from pipelines.images import grid, save_png, to_uint8
 from pipelines.settings import SamplingConfig, StageConfig
 from pipelines.stage import Stage, build_denoiser
+from training.cache import Items
 from training.data import Reader
+from training.encode import encode
 from training.held_out import EVALUATION_LEVELS, errors_by_level
 from training.loader import Batch, StepModule
+from training.prior import Mixed, PriorConfig
 from training.processes import process_state
 from training.stages import StageRun, written_whole
 from training.statistics import with_statistics
@@ -42,6 +46,7 @@ from training.steps import (
     planes,
     small_pictures,
 )
+from training.tuning import Told, tuned
 
 PIXELS = "pixels"  # as a codec's digest
 
@@ -73,7 +78,8 @@ class DiffusionRun(StageRun):
     low_res: null for a base; upscaling: read where it is not. last: see `Frozen`. inpainting: the network is told what
     is known around a random hole, which for some items is all of the picture; pixels are cached then, and encoded anew.
     lora: train a change of low rank to the network of `init`, and write that alone. control: train a ControlNet for it,
-    and write that alone; pixels are cached then too.
+    and write that alone; pixels are cached then too. inversion: learn a word that stands for the pictures, and write
+    that alone: one of the three at most. prior: pictures of the kind to be mixed in, of a share of the items.
     posterior: train on draws of the codec's posterior, or on its means: with a codec whose posterior is wide, a network
     that learned the means makes latents free of that noise, and its own errors up to that size hardly show.
     """
@@ -97,15 +103,22 @@ class DiffusionRun(StageRun):
     posterior: Literal["draw", "mean"] = "draw"
     lora: LoraConfig | None = None
     control: ControlConfig | None = None
+    inversion: InversionConfig | None = None
+    prior: PriorConfig | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.inpainting and self.low_res is not None:
             raise ValueError("inpainting is of a base: a stage that enlarges is told of a small picture")
-        if (self.lora is not None or self.control is not None) and self.init is None:
-            raise ValueError("lora and control are of a network that has learned: say which with init")
-        if self.control is not None and (self.lora is not None or self.inpainting or self.low_res is not None):
-            raise ValueError("control is trained alone, for a base that is not of inpainting")
+        tuned = [part for part in (self.lora, self.control, self.inversion) if part is not None]
+        if tuned and self.init is None:
+            raise ValueError("lora, control and inversion are of a network that has learned: say which with init")
+        if len(tuned) > 1:
+            raise ValueError("lora, control and inversion are trained one at a time")
+        if self.prior is not None and self.encode != "cached":
+            raise ValueError("prior is mixed from caches: set encode=cached")
+        if self.control is not None and (self.inpainting or self.low_res is not None):
+            raise ValueError("control is of a base that is not of inpainting")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout is a share, from 0 to below 1, not {self.dropout}")
         check_together(self.schedule, self.denoiser)
@@ -159,6 +172,7 @@ class DiffusionModule(StepModule):
         super().__init__()
         self.denoiser = denoiser
         self.frozen = frozen  # no module: its codec is neither trained nor saved
+        self.word = None if frozen.told is None else nn.Parameter(frozen.told.beginning)
         encodes = frozen.inpainting or frozen.low_res is not None or frozen.control is not None
         self.ahead = frozen.codec.autoencoder is None or not encodes
 
@@ -166,12 +180,21 @@ class DiffusionModule(StepModule):
     def networks(self) -> list[nn.Module]:
         return [self.denoiser.net]
 
+    def teach(self) -> None:
+        """Let the text encoder tell the word, if one is being learned, as these weights have it."""
+        if self.frozen.told is not None and self.word is not None:
+            self.frozen.told.learn(self.word)
+
     def prepare(self, batch: Batch) -> DiffusionInputs:
         return diffusion_inputs(batch, self.denoiser, self.frozen)
 
     def forward(self, drawn: DiffusionInputs) -> StepResult:
         device = next(self.denoiser.parameters()).device
-        inputs = DiffusionInputs(drawn.x0.to(device), drawn.eps.to(device), drawn.t, drawn.cond.to(device))
+        cond = drawn.cond.to(device)
+        if self.frozen.told is not None:
+            self.teach()
+            cond = cond.join(self.frozen.told(drawn.captions))
+        inputs = DiffusionInputs(drawn.x0.to(device), drawn.eps.to(device), drawn.t, cond)
         return diffusion_step(self.denoiser, inputs)
 
 
@@ -182,7 +205,13 @@ class DiffusionTask:
         codec, text = config.load_frozen()
         latents = config.caches_latents
         scale = config.low_res.scale if config.low_res and latents else None
-        self.cache, self.held_out = config.caches(readers, codec if latents else None, text, scale)
+        cached_text = text if config.inversion is None else None
+        self.cache: Items
+        self.cache, self.held_out = config.caches(readers, codec if latents else None, cached_text, scale)
+        if config.prior is not None:
+            kind = Reader(replace(config.data, path=config.prior.path, split=None, limit=None))
+            prior = encode(kind, config.cache, codec if latents else None, cached_text, scale)
+            self.cache = Mixed(self.cache, prior, config.prior.share)
         self._codec, self._text, self._preview = codec, text, config.preview
         self._chosen = config.validation.chosen(self.held_out)
         shape = codec.module.config
@@ -195,15 +224,11 @@ class DiffusionTask:
             file, released = _unet_file(Path(config.init), config.name), _released(Path(config.init), config.name)
             net = load_network(lambda: build_unet(config.unet, network), file)
             denoiser.net.load_state_dict(net.state_dict())
-        self._lora, self._control = config.lora, config.control
-        if config.lora is not None:
-            add_lora(denoiser.net, config.lora)
-        if config.control is not None:
-            denoiser.net.requires_grad_(False)
-            denoiser.control = copied_control(denoiser.net, config.unet, network, shape.factor)
+        self._control, self._tuned = config.control, tuned(config, denoiser, network, codec)
+        self._told = None if config.inversion is None else Told(config.inversion, text)
         unit = Normalisation(mean=(0.0,) * channels, std=(1.0,) * channels)
         frozen = Frozen(codec.module, unit, self.cache.null, config.dropout, config.low_res, config.upscaling,
-                        config.last, config.inpainting, config.posterior, config.control)  # fmt: skip
+                        config.last, config.inpainting, config.posterior, config.control, self._told)  # fmt: skip
         # what was learned before was learned of latents in that stage's own units
         same = released is not None and (config.codec is None or released.codec_digest == codec.digest)
         frozen = (replace(frozen, normalisation=released.normalisation) if released is not None and same
@@ -231,6 +256,7 @@ class DiffusionTask:
         """The one-stage cascade of these weights."""
         assert isinstance(module, DiffusionModule)
         config, schedule = self._stage, module.denoiser.schedule
+        module.teach()
         if config.schedule.kind == "learned":
             config = replace(config, schedule=replace(config.schedule, knots=tuple(schedule.knots.tolist())))
         return Cascade([Stage(config, module.denoiser, self._codec)], self._text)
@@ -241,6 +267,7 @@ class DiffusionTask:
         small pictures as they are."""
         assert isinstance(module, DiffusionModule)
         last = module.frozen.last
+        module.teach()
         levels = [*(EVALUATION_LEVELS if last < 1 else ()), *((100,) if last else ())]
         found = errors_by_level(module.denoiser, module.frozen, self.held_out, self._chosen, levels)
         losses = {f"loss_t{level / 100:.2f}": float(errors.mean()) for level, errors in found.items()}
@@ -253,6 +280,7 @@ class DiffusionTask:
             return
         if self._stage.low_res is None:
             prompts = self._preview.prompts
+            prompts = prompts if self._told is None else tuple(map(self._told.config.told, prompts))
             if prompts:
                 seeds = [seed + i for i in range(columns)] * len(prompts)
                 pictures = cascade([p for p in prompts for _ in range(columns)], seeds)
@@ -292,10 +320,8 @@ class DiffusionTask:
     def export(self, module: nn.Module, folder: Path, facts: dict[str, Any]) -> None:
         assert isinstance(module, DiffusionModule)
         with written_whole(folder) as partial:
-            if self._lora is not None:
-                save_lora(module.denoiser.net, self._lora, partial)
-            elif self._control is not None and module.denoiser.control is not None:
-                save_control(module.denoiser.control, ControlFile(self._control, self._codec.digest), partial)
+            if self._tuned is not None:
+                self._tuned.save(module, partial)
             else:
                 self.cascade(module).save(partial)
             write_json(partial / "training.json", facts)

@@ -245,15 +245,14 @@ def assign_splits(pictures: list[Picture]) -> None:
     for picture in pictures:
         styles[picture.cluster].add(picture.style)
     for picture in pictures:
-        if _stable_hash("concepts", picture.cluster) < CONCEPTS_SHARE:
-            picture.split = "concepts"
-        elif (
-            len(styles[picture.cluster]) >= COMBOS_MIN_STYLES
-            and _stable_hash("combos", picture.cluster, picture.style) < COMBOS_SHARE
-        ):
-            picture.split = "combos"
-        else:
-            picture.split = "train"
+        picture.split = _split_of(picture, len(styles[picture.cluster]) >= COMBOS_MIN_STYLES)
+
+
+def _split_of(picture: Picture, drawn_often: bool = True) -> str:
+    if _stable_hash("concepts", picture.cluster) < CONCEPTS_SHARE:
+        return "concepts"
+    held = drawn_often and _stable_hash("combos", picture.cluster, picture.style) < COMBOS_SHARE
+    return "combos" if held else "train"
 
 
 def _render(job: tuple[str, str]) -> np.ndarray:
@@ -285,14 +284,25 @@ def _known(others: list[Picture], pictures: list[Picture]) -> list[Picture]:
     return [replace(p, cluster=clusters[p.hexcode], split="train") for p in others if p.hexcode in clusters]
 
 
-def build(folder: str | Path, tarballs: str | Path | None = None, more: bool = False) -> Built:
+def held_out_of(style: str, pictures: list[Picture]) -> list[Picture]:
+    """The pictures of one design; of a design of MORE_SOURCES some are held out, by the rule of the six."""
+    own = [p for p in pictures if p.style == style]
+    return own if style in STYLES else [replace(p, split=_split_of(p)) for p in own]
+
+
+def build(folder: str | Path, tarballs: str | Path | None = None, more: bool = False,
+          only: str | None = None) -> Built:  # fmt: skip
     """Write the emoji data set into `folder`: PNG files of 256 px, metadata.jsonl, SOURCES.md, dropped.json.
 
     tarballs: folder with the npm packages (fetched there when missing; a temporary one when None). more: draw the same
-    characters in MORE_SOURCES too, all of them in `train`; nothing else changes.
+    characters in MORE_SOURCES too, all of them in `train`; nothing else changes. only: keep one design, of either; some
+    of it is held out by the same rule.
     Raises UserError when `folder` exists and is not empty, npm is missing, or a tarball has the wrong SHA-256.
     """
     folder = Path(folder)
+    known = [s.style for s in (*packages.SOURCES, *packages.MORE_SOURCES)]
+    if only is not None and only not in known:
+        raise UserError(f"--only {only!a}: no such design; there are {', '.join(known)}")
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"{folder}: exists and is not empty; nothing was written. Name a new folder")
     partial = folder.with_name(folder.name + ".partial")
@@ -305,16 +315,20 @@ def build(folder: str | Path, tarballs: str | Path | None = None, more: bool = F
     try:
         with tempfile.TemporaryDirectory() as temporary:
             source = Path(tarballs) if tarballs else Path(temporary)
-            sources = (*packages.SOURCES, *(packages.MORE_SOURCES if more else ()))
+            sources = (*packages.SOURCES, *(s for s in packages.MORE_SOURCES if more or s.style == only))
             packages.fetch(sources, source)
             pictures, dropped = collect(source, packages.SOURCES)
-            others = [p for p in collect(source, sources)[0] if p.style not in STYLES] if more else []
+            others = [p for p in collect(source, sources)[0] if p.style not in STYLES]
             (partial / "SOURCES.md").write_text(packages.attribution(sources, source), encoding="utf-8")
         assign_clusters(pictures, _render_all(pictures, partial))
         assign_splits(pictures)
         if others := _known(others, pictures):
             _render_all(others, partial)
         pictures += others
+        if only is not None:
+            for style in {p.style for p in pictures} - {only}:
+                shutil.rmtree(partial / style.replace(" ", "-"))
+            pictures = held_out_of(only, pictures)
         with (partial / "metadata.jsonl").open("w", encoding="utf-8") as file:
             file.writelines(json.dumps(p.row(), ensure_ascii=False) + "\n" for p in pictures)
         (partial / "dropped.json").write_text(json.dumps(dropped, indent=1), encoding="utf-8")

@@ -19,7 +19,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ldm.config import Config, UserError
 from training import checkpoint
-from training.cache import Cache
+from training.cache import Items
 from training.checkpoint import Snapshot
 from training.ema import Ema, EmaConfig
 from training.graphs import record
@@ -109,7 +109,7 @@ class Task(Protocol):
         """The networks, with their training step."""
 
     @property
-    def cache(self) -> Cache | Online:
+    def cache(self) -> Items:
         """The items trained on."""
 
     def preview(self, module: nn.Module, path: Path) -> None:
@@ -173,7 +173,7 @@ class Live:
     def sharded(self) -> bool:
         return self.config.sharding != "none"
 
-    def loader(self, cache: Cache | Online, seed: int, until: int) -> Generator[Prepared]:
+    def loader(self, cache: Items, seed: int, until: int) -> Generator[Prepared]:
         """This process's micro-batches from the next image to `until`, prepared."""
         world, rank = self.accelerator.num_processes, self.accelerator.process_index
         size = self.config.batch // (world * self.config.accumulation)

@@ -12,8 +12,7 @@ from ldm.control import control_picture
 from ldm.denoiser import Denoiser
 from ldm.draws import keyed_generator
 from ldm.inpainting import condition_known
-from training.cache import Cache
-from training.online import Online
+from training.cache import Items
 from training.stages import EVALUATION_ROWS
 from training.steps import Frozen, condition_pictures, planes, raw_latents, small_pictures
 
@@ -21,7 +20,7 @@ EVALUATION_LEVELS = (10, 30, 50, 70, 90)  # hundredths of t
 
 
 @torch.no_grad()
-def errors_by_level(denoiser: Denoiser, frozen: Frozen, cache: Cache | Online, chosen: Sequence[int],
+def errors_by_level(denoiser: Denoiser, frozen: Frozen, cache: Items, chosen: Sequence[int],
                     levels: Sequence[int], told: bool = True) -> dict[int, Tensor]:  # fmt: skip
     """Mean squared error of the target of each chosen item, (N,), at levels in hundredths of t; an item's noise at a
     level is the same every time. told: with the item's text, or with the null."""
@@ -38,14 +37,17 @@ def errors_by_level(denoiser: Denoiser, frozen: Frozen, cache: Cache | Online, c
     return {level: torch.cat(parts) for level, parts in found.items()}
 
 
-def evaluation_inputs(cache: Cache | Online, indices: Sequence[int], frozen: Frozen, told: bool = True
+def evaluation_inputs(cache: Items, indices: Sequence[int], frozen: Frozen, told: bool = True
                       ) -> tuple[Tensor, Conditioning]:  # fmt: skip
     """Normalised latents (B, C, h, w) of whole items, no draw of the posterior, and what a network is told of them:
     their first caption, or where not `told` the null, and their small picture at level 0."""
     stored = cache.stored(indices)
     small = small_pictures(cache, indices, stored, frozen)
     x0 = frozen.normalisation.apply(raw_latents(stored, small, frozen))
-    cond = cache.text([cache.captions(i)[0] for i in indices]) if told else frozen.null.expand(len(indices))
+    if frozen.told is not None:
+        cond = frozen.told([cache.record(i)["captions"][0] if told else "" for i in indices])
+    else:
+        cond = cache.text([cache.captions(i)[0] for i in indices]) if told else frozen.null.expand(len(indices))
     if frozen.inpainting:
         pictures = planes(stored)
         hole = torch.zeros_like(pictures[:, :1])

@@ -18,8 +18,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from ldm.draws import keyed_generator
-from training.cache import Cache
-from training.online import Online
+from training.cache import Items
 from training.stop import SIGNALS
 
 
@@ -33,7 +32,7 @@ def order(seed: int, epoch: int, count: int) -> Tensor:
 class Batch:
     """Items of one micro-batch. places: their places in the global batch of `global_size`, for stratified draws."""
 
-    cache: Cache | Online
+    cache: Items
     indices: list[int]
     generators: list[torch.Generator]
     places: list[int]
@@ -90,7 +89,7 @@ class BatchOrder:
     """The micro-batches of `size` from image `start` of the run on, by number. Of every `stride` of them, process
     `offset` has one; `size * stride * accumulation` must be `global_size`."""
 
-    cache: Cache | Online
+    cache: Items
     seed: int
     start: int
     size: int

@@ -18,12 +18,11 @@ from torch import Tensor
 from ldm.config import UserError
 from ldm.progress import advancing
 from training import checkpoint
-from training.cache import Cache
+from training.cache import Items
 from training.ema import EmaConfig
 from training.engine import Live, LoopConfig, Resume, Task, attention_kernels, start
 from training.loader import Prepared
 from training.log import MetricsLog, Trackers
-from training.online import Online
 from training.optim import OptimConfig, learning_rate
 from training.posthoc import save_snapshots
 from training.processes import together
@@ -34,7 +33,7 @@ MAX_BAD_STEPS = 10
 MAX_SCALING_STEPS = 40  # fp16: a gradient scaler halves its scale at each bad step, from 2^16 on
 
 
-def _step(live: Live, loader: Iterator[Prepared], cache: Cache | Online, optim: OptimConfig
+def _step(live: Live, loader: Iterator[Prepared], cache: Items, optim: OptimConfig
           ) -> tuple[dict[str, float], bool]:  # fmt: skip
     """One optimizer step over `batch` images -> metrics, and whether it was taken.
 

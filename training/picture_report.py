@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,8 +23,8 @@ from ldm.config import UserError, to_dict
 from ldm.models.clip import Clip
 from ldm.progress import advancing
 from ldm.weights import write_json
-from pipelines.cascade import Cascade, load_cascade
-from pipelines.generate import check_out
+from pipelines.cascade import Cascade
+from pipelines.generate import Model, check_out, request_of
 from pipelines.images import grid, save_png, to_uint8
 from pipelines.settings import SamplingConfig
 from training.data import DataConfig, Reader
@@ -56,7 +57,7 @@ SHOWN_PICTURES = 48
 FILES = ("report.json", "report.html", "pictures.png", "nearest.png")
 
 
-def evaluate(model: str | Path, data: str | Path, out: str | Path, judge: str | Path | None = None,
+def evaluate(model: Model, data: str | Path, out: str | Path, judge: str | Path | None = None,
              clip: str | Path | None = None, split: str = "combos", seeds: int = 4, rows: int | None = None,
              stages: Sequence[str] = (), prompts: str | Path | None = None, cache: str | Path = "cache",
              overrides: Sequence[str] = (), overwrite: bool = False, device: str | None = None,
@@ -73,11 +74,7 @@ def evaluate(model: str | Path, data: str | Path, out: str | Path, judge: str | 
     prepare_process()
     check_out(Path(out), FILES, overwrite)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    cascade = load_cascade(model, device)
-    cascade = cascade.only(*stages) if stages else cascade
-    if cascade.stages[0].config.low_res is not None:
-        name = cascade.stages[0].config.name
-        raise UserError(f"stage {name} draws nothing by itself: `ldm eval cascade` measures it")
+    cascade = replace(request_of(model), stages=stages, device=device).load(tell)
     side = cascade.stages[-1].config.resolution_px
     held = Reader(DataConfig(path=str(data), split=split, size_px=side))
     known = Reader(DataConfig(path=str(data), split="train", size_px=side))

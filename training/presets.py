@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -17,18 +18,19 @@ from pipelines.settings import StageConfig
 from training.data import DataConfig, Reader
 from training.diffusion import DiffusionRun
 
-Preset = Literal["full", "lora", "control", "sr"]
+Preset = Literal["full", "lora", "control", "inversion", "sr"]
 PROMPTS = 4
 PASSES, FEWEST, MOST = 40, 4_000, 40_000  # over the pictures, and images in all
 LARGE = 1024  # the width of a U-Net that is trained as Stable Diffusion's are, with small steps
-_RATES = ((2e-4, 1e-5), (2e-3, 1e-4))  # of all weights, of LoRA's; each of a small and of a large network
+_RATES = {"lora": (2e-3, 1e-4), "inversion": (1e-2, 5e-3)}  # of a small and of a large network
+_RATES_OF_ALL = (2e-4, 1e-5)
 
 
 def tuning(pictures: Path, preset: Preset, model: str | Path | None = None,
            overrides: Sequence[str] = ()) -> DiffusionRun:  # fmt: skip
     """A run that goes on training a stage of a cascade folder on other pictures: the base, all of its weights (full),
-    a change of low rank (lora) or a ControlNet for it (control), or all of its SR stage (sr). Previews are of the first
-    captions.
+    a change of low rank (lora), a ControlNet for it (control) or a word for what the pictures show, which is the
+    folder's name (inversion), or all of its SR stage (sr). Previews are of the first captions.
 
     Raises UserError for a model that is no cascade folder or has no such stage, and for data that cannot be used.
     """
@@ -44,6 +46,7 @@ def tuning(pictures: Path, preset: Preset, model: str | Path | None = None,
             apply_override(begun, item)
     own: DataConfig = parse(DataConfig, begun["data"], f"preset {preset}")
     rows = Reader(own).rows
+    rates = _RATES.get(preset, _RATES_OF_ALL)
     images = min(max(PASSES * len(rows), FEWEST), MOST)
     data: dict[str, Any] = {
         "kind": "diffusion", "name": stage.name, "init": str(folder),
@@ -53,7 +56,7 @@ def tuning(pictures: Path, preset: Preset, model: str | Path | None = None,
         "last": 0.5 if stage.sampling.steps == 1 and stage.denoiser.target != "eps" else 0.0,  # or t = 1 is hardly seen
         "low_res": None if stage.low_res is None else to_dict(stage.low_res), "inpainting": stage.inpainting,
         "preview": {"prompts": list(dict.fromkeys(c for row in rows for c in row.captions[:1]))[:PROMPTS]},
-        "optim": {"lr": _RATES[preset == "lora"][max(stage.unet.widths) >= LARGE], "warmup_images": images // 20},
+        "optim": {"lr": rates[max(stage.unet.widths) >= LARGE], "warmup_images": images // 20},
         "ema": {"halflife_images": images // 10},
         "loop": {"images": images, "batch": 8, "log_every_images": images // 20, "preview_every_images": images // 4,
                  "save_every_images": images // 4},
@@ -65,6 +68,8 @@ def tuning(pictures: Path, preset: Preset, model: str | Path | None = None,
         data |= {"unshuffle": codec["unshuffle"], "grey": codec.get("grey", False)}
     if preset in ("lora", "control"):
         data[preset] = {}
+    elif preset == "inversion":
+        data[preset] = {"word": " ".join(re.findall(r"\w+", pictures.absolute().stem.lower())) or "mine"}
     for item in overrides:
         apply_override(data, item)
     made: DiffusionRun = parse(DiffusionRun, data, f"preset {preset}")

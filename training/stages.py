@@ -12,7 +12,7 @@ from typing import Literal, Self
 from ldm.config import Config
 from ldm.text import TextEncoder
 from ldm.weights import Codec
-from training.cache import Cache
+from training.cache import Cache, Items
 from training.data import DataConfig, Reader
 from training.ema import EmaConfig
 from training.encode import encode
@@ -83,7 +83,7 @@ class StageRun(Config):
         return replace(self, cache=str(folder / "cache"), data=replace(self.data, limit=limit))
 
     def caches(self, readers: tuple[Reader, Reader], codec: Codec | None = None, text: TextEncoder | None = None,
-               scale: int | None = None) -> tuple[Cache | Online, Cache]:  # fmt: skip
+               scale: int | None = None) -> tuple[Items, Cache]:  # fmt: skip
         """The training items, and the held-out ones. Called by all processes."""
         held_out = encode(readers[1], self.cache, codec, text, scale)
         if self.encode == "online":

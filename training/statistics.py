@@ -12,17 +12,16 @@ from ldm.config import parse, to_dict
 from ldm.draws import keyed_generator
 from ldm.latents import Normalisation
 from ldm.weights import read_json, write_json
-from training.cache import Cache
+from training.cache import Cache, Items
 from training.encoders import LatentSums
 from training.files import write_atomically
-from training.online import Online
 from training.processes import process_state
 from training.steps import Frozen, raw_latents, small_pictures
 
 STATISTICS_ITEMS = 1024
 
 
-def with_statistics(frozen: Frozen, codec_digest: str, cache: Cache | Online) -> Frozen:
+def with_statistics(frozen: Frozen, codec_digest: str, cache: Items) -> Frozen:
     """With the statistics of the stage's own latents: those of the cache, or where it has none, or for a residual,
     measured as training draws them, on up to STATISTICS_ITEMS items, evenly spread; pixels are left as they are.
 
@@ -49,7 +48,7 @@ def with_statistics(frozen: Frozen, codec_digest: str, cache: Cache | Online) ->
     return replace(frozen, normalisation=found)
 
 
-def _measured(frozen: Frozen, cache: Cache | Online) -> Normalisation:
+def _measured(frozen: Frozen, cache: Items) -> Normalisation:
     """Each item with its own draws, one at a time, so that the bits depend on nothing else."""
     count, sums = min(len(cache), STATISTICS_ITEMS), LatentSums()
     for place in range(count):

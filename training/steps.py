@@ -28,10 +28,10 @@ from ldm.low_res import (
     enlarge,
     local_contrast,
 )
-from training.cache import Cache
+from training.cache import Items
 from training.features import Features
 from training.loader import Batch
-from training.online import Online
+from training.tuning import Told
 
 WHOLE_HOLES = 0.2  # the share of items of which an inpainting network is told nothing
 
@@ -128,6 +128,7 @@ class Frozen:
     last: the share of items trained at t = 1 alone, where a network sees noise only and learns the mean of what it is
     asked for; with a share of 1, one step draws that. inpainting: whether the network is told what is known.
     posterior: whether latents are draws of the codec's posterior or its means. control: what a ControlNet is told.
+    told: tells captions while a word is learned, in place of the states that a cache holds.
     """
 
     codec: LatentCodec
@@ -140,6 +141,7 @@ class Frozen:
     inpainting: bool = False
     posterior: Literal["draw", "mean"] = "draw"
     control: ControlConfig | None = None
+    told: Told | None = None
 
     def __deepcopy__(self, memo: object) -> Frozen:
         """Itself: averages of a module share it."""
@@ -147,12 +149,14 @@ class Frozen:
 
 
 class DiffusionInputs(NamedTuple):
-    """Everything a diffusion step draws: latents and noise (B, C, h, w), t (B,) float64, conditioning."""
+    """Everything a diffusion step draws: latents and noise (B, C, h, w), t (B,) float64, conditioning; captions that
+    are yet to be told, "" for the null, where a word is being learned."""
 
     x0: Tensor
     eps: Tensor
     t: Tensor
     cond: Conditioning
+    captions: tuple[str, ...] = ()
 
 
 def diffusion_inputs(batch: Batch, denoiser: Denoiser, frozen: Frozen) -> DiffusionInputs:
@@ -174,8 +178,14 @@ def diffusion_inputs(batch: Batch, denoiser: Denoiser, frozen: Frozen) -> Diffus
     u = (torch.tensor(batch.places, dtype=torch.float64) + batch.uniform()) / batch.global_size
     rest = 1 - frozen.last  # of a batch, u spreads over [0, 1) evenly
     t = torch.where(u < rest, denoiser.draw_t((u / max(rest, 1e-9)).clamp(max=1 - 1e-9)), 1.0)
-    text = batch.cache.text([c[k] for c, k in zip(captions, chosen, strict=True)])
-    cond = text.where(batch.uniform() >= frozen.dropout, frozen.null)
+    kept = batch.uniform() >= frozen.dropout
+    strings: tuple[str, ...] = ()
+    if frozen.told is None:
+        text = batch.cache.text([c[k] for c, k in zip(captions, chosen, strict=True)])
+        cond = text.where(kept, frozen.null)
+    else:
+        records, cond = [batch.cache.record(i)["captions"] for i in batch.indices], Conditioning()
+        strings = tuple(c[k] if keep else "" for c, k, keep in zip(records, chosen, kept.tolist(), strict=True))
     if frozen.low_res is not None and small is not None:
         level = frozen.low_res.max_level * batch.uniform()
         level = torch.where(batch.uniform() >= frozen.upscaling.dropout, level, NULL_LEVEL)
@@ -191,7 +201,7 @@ def diffusion_inputs(batch: Batch, denoiser: Denoiser, frozen: Frozen) -> Diffus
         cond = cond.join(Conditioning(known=known.cpu()))
     if frozen.control is not None:
         cond = cond.join(Conditioning(control=control_picture(planes(stored), frozen.control)))
-    return DiffusionInputs(x0, eps, t, cond)
+    return DiffusionInputs(x0, eps, t, cond, strings)
 
 
 def random_holes(batch: Batch, side: int) -> Tensor:
@@ -206,7 +216,7 @@ def random_holes(batch: Batch, side: int) -> Tensor:
     return torch.where(whole.view(-1, 1, 1, 1), torch.ones_like(hole), hole)
 
 
-def small_pictures(cache: Cache | Online, indices: Sequence[int], stored: Tensor, frozen: Frozen,
+def small_pictures(cache: Items, indices: Sequence[int], stored: Tensor, frozen: Frozen,
                    generators: Sequence[torch.Generator] | None = None) -> Tensor | None:  # fmt: skip
     """Small pictures of items, uint8 (B, S / scale, S / scale, 3): cached, or made now of the pixels `stored`, by
     the stage's degradation; without generators, where that is random, by area. None for a base."""
@@ -288,5 +298,5 @@ def planes(pictures: Tensor) -> Tensor:
 
 def diffusion_step(denoiser: Denoiser, inputs: DiffusionInputs) -> StepResult:
     """The denoiser's loss, averaged over the batch."""
-    loss = denoiser.loss(*inputs).mean()
+    loss = denoiser.loss(*inputs[:4]).mean()
     return StepResult([loss], {})
