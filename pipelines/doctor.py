@@ -5,10 +5,13 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import platform
+from typing import get_args
 
 import torch
+from torch import nn
 
 from ldm.config import UserError
+from ldm.models.attention import Attention, attend_by
 from pipelines.cascade import load_cascade
 from pipelines.generate import SHIPPED
 
@@ -30,14 +33,26 @@ def doctor() -> list[str]:
             lines.append(f"gpu {index}         {torch.cuda.get_device_name(index)}, {half}")
     else:
         lines.append("gpu           none found")
-        if _version("xformers") != "not installed":
-            lines.append("xformers      is not used without a GPU")
+    lines.append(f"attention     {', '.join(_attentions())}")
     try:
         cascade = load_cascade(SHIPPED)
         lines.append(f"model         {cascade.digest[:12]}, {cascade.stages[-1].config.resolution_px} px, loads")
     except UserError as error:
         lines.append(f"model         does not load: {error}")
     return lines
+
+
+def _attentions() -> list[str]:
+    """The kinds of attention that run here, and why another does not."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    found = []
+    for kind in get_args(Attention):
+        try:
+            attend_by(nn.Module(), kind, device)
+            found.append(kind)
+        except UserError as error:
+            found.append(f"not {kind} ({str(error).partition(': ')[2].partition(';')[0]})")
+    return found
 
 
 def _version(name: str) -> str:

@@ -13,6 +13,7 @@ from ldm.grids import GRIDS, to_first_step
 from ldm.guidance import UpdateConfig
 from ldm.latents import Normalisation
 from ldm.low_res import LowResConfig
+from ldm.models.attention import Attention
 from ldm.models.unet import UNetConfig, UNetShape, unet_shape
 from ldm.noise import NoiseSchedule, NoiseScheduleConfig
 
@@ -28,7 +29,8 @@ OF_SAMPLERS = {"variance": ("ddpm",), "eta": ("ddim",), "churn": BY_SIGMA}
 class SamplingConfig(Config):
     """How a stage is sampled. guidance is w, 1 for none: of classifier-free guidance against the null of what `guided`
     names, the text, an SR stage's small picture, or both; or of autoguidance against the stage's weaker network.
-    update: how it is applied. level: of the noise added to the small picture.
+    update: how it is applied. level: of the noise added to the small picture. attention: by what the network attends
+    (`ldm.models.attention`).
 
     grid: what times are evenly spaced in: t, log-SNR, or a power of sigma / alpha; or the steps of diffusers' "leading"
     spacing, `offset` from the first, or of "linspace" (`ldm.grids.GRIDS`); to the schedule's first step unless `clean`.
@@ -49,6 +51,7 @@ class SamplingConfig(Config):
     churn: float = 0.0
     offset: int = 0
     clean: bool = True
+    attention: Attention = "sdpa"
     update: UpdateConfig = UpdateConfig()
 
     def __post_init__(self) -> None:

@@ -25,6 +25,7 @@ from ldm.draws import Draws
 from ldm.guidance import Autoguidance, ClassifierFreeGuidance, Denoises, GuidanceInterval, Update
 from ldm.inpainting import condition_known, holed_cells, repaint, without_hole
 from ldm.low_res import NULL_LEVEL, LowResConfig, condition_low_res, enlarge, local_contrast
+from ldm.models.attention import attend_by
 from ldm.models.unet import UNetConfig, UNetShape, build_unet
 from ldm.noise import NoiseSchedule, NoiseScheduleConfig
 from ldm.sampling import SAMPLERS
@@ -82,7 +83,7 @@ class Stage:
     def settings(self, sampling: SamplingConfig) -> dict[str, Any]:
         """What of a sampling decides its pictures, as plain data."""
         found = to_dict(sampling)
-        for name in ("update", "offset", "clean", *OF_SAMPLERS):
+        for name in ("update", "offset", "clean", "attention", *OF_SAMPLERS):
             if getattr(sampling, name) == getattr(SamplingConfig(), name):
                 del found[name]
         if self.config.low_res is None:
@@ -103,6 +104,9 @@ class Stage:
         (B, 3, h, w) in [-1, 1] of any size; pictures larger than a tile are drawn one by one in tiles. Every network
         call has `sampling.rows` rows, so that a picture does not depend on its companions.
         """
+        for network in (self.denoiser, self.weak):
+            if network is not None:
+                attend_by(network, sampling.attention, self.device)
         if self.config.low_res is None:
             side = self.config.resolution_px // self.codec.module.config.factor
             return self._in_rows(cond, null, seeds, sampling, (side, side), None, on_step, edit, steer)

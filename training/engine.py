@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Generator
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol, cast
@@ -15,9 +14,9 @@ from accelerate.utils import AutocastKwargs, broadcast
 from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ldm.config import Config, UserError
+from ldm.models.attention import Attention, attend_by
 from training import checkpoint
 from training.cache import Items
 from training.checkpoint import Snapshot
@@ -52,7 +51,9 @@ class LoopConfig(Config):
     all processes, `hybrid` over those of each machine. memory_format `auto` measures both layouts once. compile:
     the repeated blocks, by torch.compile. process_timeout_s: how long processes wait for one another. workers: other
     processes that read and draw batches ahead, of each process, which a GPU needs to be kept busy; 0 for none.
-    cuda_graphs: record the networks' passes once and replay them, for networks too small to keep a GPU busy.
+    attention: by what the networks attend (`ldm.models.attention`); auto is sdpa, but plain in half precision on a CPU,
+    where sdpa's gradient takes a quarter of a small U-Net's step. cuda_graphs: record the networks' passes once and
+    replay them, for networks too small to keep a GPU busy.
     """
 
     images: int
@@ -71,6 +72,7 @@ class LoopConfig(Config):
     trackers: tuple[TrackerName, ...] = ("tensorboard",)
     process_timeout_s: int = 1800
     workers: int = 0
+    attention: Attention | Literal["auto"] = "auto"
     cuda_graphs: bool = False
 
     def __post_init__(self) -> None:
@@ -125,13 +127,6 @@ class Task(Protocol):
 def cpu_has_bf16() -> bool:
     """Whether this CPU computes in bfloat16 (AVX512-BF16 or AMX)."""
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-
-
-def attention_kernels(config: LoopConfig, device: torch.device) -> AbstractContextManager[None]:
-    """PyTorch's choice of attention; in bfloat16 on a CPU the plain one, since the fused one's gradient is slow there
-    (a quarter of a small U-Net's step)."""
-    slow = device.type == "cpu" and config.mixed_precision == "bf16"
-    return cast(AbstractContextManager[None], sdpa_kernel(SDPBackend.MATH)) if slow else nullcontext()
 
 
 def check_precision(config: LoopConfig, device: torch.device) -> None:
@@ -252,7 +247,7 @@ def start(task: Task, config: LoopConfig, optim: OptimConfig, ema: EmaConfig, se
     found = _agree_on_checkpoint(run, resume, accelerator)
     over: DeviceMesh | None = mesh(config.sharding) if config.sharding != "none" else None
     module = task.module.to(accelerator.device)
-    _adapt(module, config)
+    adapt(module, config, accelerator.device)
     trial = BatchOrder(task.cache, seed, 0, config.batch // (world * config.accumulation), config.batch)[0]
     plan = choose_format(module, trial, accelerator, config, run, fresh=found is None)
     module = module.to(memory_format=plan.torch_format)
@@ -273,7 +268,11 @@ def start(task: Task, config: LoopConfig, optim: OptimConfig, ema: EmaConfig, se
     return live
 
 
-def _adapt(module: nn.Module, config: LoopConfig) -> None:
+def adapt(module: nn.Module, config: LoopConfig, device: torch.device) -> None:
+    """Let networks attend, keep activations and be compiled as the config says."""
+    half_on_cpu = device.type == "cpu" and config.mixed_precision != "no"
+    kind = ("plain" if half_on_cpu else "sdpa") if config.attention == "auto" else config.attention
+    attend_by(module, kind, device)
     if config.activation_checkpointing:
         for part in module.modules():
             if isinstance(part, ModelMixin):

@@ -20,7 +20,7 @@ from ldm.progress import advancing
 from training import checkpoint
 from training.cache import Items
 from training.ema import EmaConfig
-from training.engine import Live, LoopConfig, Resume, Task, attention_kernels, start
+from training.engine import Live, LoopConfig, Resume, Task, start
 from training.loader import Prepared
 from training.log import MetricsLog, Trackers
 from training.optim import OptimConfig, learning_rate
@@ -54,7 +54,7 @@ def _step(live: Live, loader: Iterator[Prepared], cache: Items, optim: OptimConf
         with accelerator.accumulate(live.module):
             if live.sharded:
                 live.module.set_requires_gradient_sync(micro == config.accumulation - 1)  # type: ignore[operator]
-            with accelerator.autocast(), attention_kernels(config, accelerator.device):
+            with accelerator.autocast():
                 losses, metrics = live.module(inputs)
             for number, loss in enumerate(losses):
                 accelerator.backward(loss)
