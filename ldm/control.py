@@ -72,6 +72,8 @@ def build_control(config: UNetConfig, shape: UNetShape, factor: int) -> ControlN
 
 def copied_control(network: nn.Module, config: UNetConfig, shape: UNetShape, factor: int) -> ControlNetModel:
     """One that begins as the U-Net's own first half, and changes nothing: what it adds goes through zeros."""
+    if config.sizes:
+        raise UserError("control: a network that is told of sizes, as Stable Diffusion XL is, can have none here yet")
     control = build_control(config, shape, factor)
     for name in _COPIED:
         part = getattr(control, name, None)

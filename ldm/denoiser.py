@@ -24,6 +24,8 @@ from ldm.noise import NoiseSchedule, NoiseScheduleConfig, per_item, posterior_kl
 Target = Literal["eps", "x0", "v", "flow", "mean"]
 Weighting = Literal["simple", "min_snr", "soft_min_snr", "edm", "p2", "bound", "learned"]
 
+SIZES = 6  # of a picture as SDXL is told: its height and width, top and left of its crop, height and width asked for
+CELL_PX = 8  # pixels a cell of SDXL's autoencoder
 _FEATURES = 128
 _LOG_SNR_BOUND = 20.0
 
@@ -320,6 +322,18 @@ class Denoiser(nn.Module):
         down, mid = self.control(x, time, text, pictures.to(x), self.control_scale, return_dict=False)
         return {"down_block_additional_residuals": down, "mid_block_additional_residual": mid}
 
+    def _with_sizes(self, x: Tensor, text: Tensor | None) -> tuple[Tensor | None, dict[str, Any]]:
+        """The text's tokens, and for a network of Stable Diffusion XL the whole text and the sizes of a picture that
+        was not cropped, of CELL_PX a cell."""
+        said = getattr(self.net, "config", None)
+        if text is None or getattr(said, "addition_embed_type", None) != "text_time":
+            return text, {}
+        assert said is not None
+        pooled = said.projection_class_embeddings_input_dim - SIZES * said.addition_time_embed_dim
+        height, width = (CELL_PX * side for side in x.shape[-2:])
+        sizes = x.new_tensor([height, width, 0, 0, height, width]).expand(len(x), SIZES)
+        return text[:, :-1], {"added_cond_kwargs": {"text_embeds": text[:, -1, :pooled], "time_ids": sizes}}
+
     def _level_label(self, level: Tensor, like: Tensor) -> Tensor:
         """What the network is told of the noise in small pictures: thousandths, or the place in its table, whose entry
         k is of level (k + 1) / entries."""
@@ -342,6 +356,7 @@ class Denoiser(nn.Module):
         own = cond.text_mask if alone else None
         x, time = x.to(dtype), self.schedule.network_time(t).to(x.device)
         text = None if cond.text is None else cond.text.to(dtype)
+        text, added = self._with_sizes(x, text)
         out: Tensor = self.net(
             x,
             time,
@@ -350,6 +365,7 @@ class Denoiser(nn.Module):
             attention_mask=own,
             class_labels=None if cond.level is None else self._level_label(cond.level, x),
             **self._controlled(x, time, text, cond.control),
+            **added,
         ).sample
         return out.to(torch.promote_types(x_t.dtype, torch.float32))
 

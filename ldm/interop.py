@@ -19,7 +19,7 @@ from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 
 from ldm.config import UserError
-from ldm.denoiser import DenoiserConfig
+from ldm.denoiser import SIZES, DenoiserConfig
 from ldm.latents import Normalisation
 from ldm.models.autoencoder import AutoencoderConfig, autoencoder_arguments
 from ldm.models.unet import UNetConfig, UNetShape, each_level, unet_arguments
@@ -79,6 +79,8 @@ def read_unet(data: Mapping[str, Any], place: str) -> tuple[UNetConfig, UNetShap
             transformer_layers=_plain(said["transformer_layers_per_block"]),
             linear_projection=bool(said["use_linear_projection"]),
             level_table=said["num_class_embeds"] or 0,
+            sizes=_pooled(said)[0],
+            pooled=_pooled(said)[1],
         )
         latents, inside = said["out_channels"], said["in_channels"]
         shape = UNetShape(latents, said["cross_attention_dim"], low_res=inside - latents)
@@ -87,6 +89,17 @@ def read_unet(data: Mapping[str, Any], place: str) -> tuple[UNetConfig, UNetShap
         raise UserError(f"{place}: {error}") from None
     _refuse_others(UNet2DConditionModel, said, wanted, len(widths), place)
     return unet, shape
+
+
+def _pooled(said: Mapping[str, Any]) -> tuple[int, int]:
+    """`sizes` and `pooled` of a network of Stable Diffusion XL, 0 for any other."""
+    if said["addition_embed_type"] != "text_time":
+        return 0, 0
+    names = ("addition_time_embed_dim", "projection_class_embeddings_input_dim")
+    sizes, whole = (said[name] for name in names)
+    if not (isinstance(sizes, int) and isinstance(whole, int)):
+        raise ValueError(f"addition_embed_type text_time needs {' and '.join(names)}")
+    return sizes, whole - SIZES * sizes
 
 
 def read_autoencoder(data: Mapping[str, Any], place: str) -> tuple[AutoencoderConfig, Normalisation]:

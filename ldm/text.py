@@ -36,6 +36,7 @@ MINILM_SHA256 = {
     "vocab.txt": "07eced375cec144d27c900241f3e339478dec958f92fddbc551f295c992038a3",
 }
 _WEIGHTS = ("model.safetensors", "open_clip_model.safetensors", "open_clip_pytorch_model.safetensors")
+_WHOLE = ("clip", "clip_projection", "open_clip")  # they attend to their padding, and keep all of its states
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 _TOKENIZER_EXTRAS = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 
@@ -58,6 +59,12 @@ _FAMILIES = {
         ("clip", "clip_text_model"),
         ("vocab.json", "merges.txt"),
         r"vision_model\.|visual_projection\.|text_projection\.|logit_scale$",
+    ),
+    "clip_projection": _Family(
+        ("CLIPTextModelWithProjection", "CLIPTextConfig", "CLIPTokenizer"),
+        ("clip", "clip_text_model"),
+        ("vocab.json", "merges.txt"),
+        r"vision_model\.|visual_projection\.|logit_scale$",
     ),
     "t5": _Family(
         ("T5EncoderModel", "T5Config", "T5Tokenizer"), ("t5",), ("tokenizer.json",), r"decoder\.|lm_head\."
@@ -94,12 +101,14 @@ class TextEncoder:
     and L; files: name -> path of everything that a copy of this encoder needs; module: the network; device.
     """
 
+    pooled = 0  # numbers of its last state that are no token but the whole caption
+
     def __init__(self, config: TextConfig, parts: _Parts, max_tokens: int, device: torch.device) -> None:
         self.config = config
         self.width = parts.width
         self.pad_id = parts.pad_id
         self.max_tokens = max_tokens
-        self.uses_mask = config.kind not in ("clip", "open_clip")
+        self.uses_mask = config.kind not in _WHOLE
         self.files = parts.files
         self.digest = _digest("bert" if config.kind == "minilm" else config.kind, max_tokens, parts.files)
         self.device = device
@@ -177,6 +186,10 @@ def load_text_encoder(config: TextConfig, device: torch.device | str = "cpu") ->
         from ldm.joint_text import JointTextEncoder  # here, because it is made of what is defined above
 
         return JointTextEncoder(config, [load_text_encoder(TextConfig(**vars(p)), device) for p in config.parts])
+    if config.kind == "clip_pair":
+        from ldm.pair_text import PairTextEncoder  # likewise
+
+        return PairTextEncoder(config, [load_text_encoder(TextConfig(**vars(p)), device) for p in config.parts])
     folder = _minilm_folder() if config.path is None else Path(config.path)
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder (text encoder of kind {config.kind})")
@@ -184,7 +197,7 @@ def load_text_encoder(config: TextConfig, device: torch.device | str = "cpu") ->
         parts = _load_open_clip(folder)
     else:
         parts = _load_transformers("bert" if config.kind == "minilm" else config.kind, folder)
-    whole = config.kind in ("clip", "open_clip")
+    whole = config.kind in _WHOLE
     limit = parts.positions
     max_tokens = config.max_tokens or (limit if whole else 20)
     if max_tokens > limit or (whole and max_tokens < limit):
@@ -292,7 +305,7 @@ def _load_transformers(kind: str, folder: Path) -> _Parts:
 
     def states(ids: Tensor, real: Tensor) -> Tensor:
         # Stable Diffusion lets CLIP attend to its padding
-        return model(input_ids=ids, attention_mask=None if kind == "clip" else real).last_hidden_state
+        return model(input_ids=ids, attention_mask=None if kind in _WHOLE else real).last_hidden_state
 
     def tokenize(texts: list[str]) -> list[list[int]]:
         return tokenizer(texts, verbose=False)["input_ids"]

@@ -3,7 +3,7 @@
     model_index.json, unet/, vae/, text_encoder/, tokenizer/, scheduler/ -> ldm.interop -> Stage -> Cascade
     Cascade -> stock components -> save_pretrained
 
-Read: Stable Diffusion 1.x and 2.x, and the x4 upscaler, as a base and as an SR stage. Weights are safetensors.
+Read: Stable Diffusion 1.x, 2.x and XL, and the x4 upscaler, as bases and as an SR stage. Weights are safetensors.
 """
 
 from __future__ import annotations
@@ -21,29 +21,33 @@ import torch
 from torch import nn
 
 from ldm.config import UserError
-from ldm.denoiser import Denoiser
+from ldm.denoiser import CELL_PX, Denoiser
 from ldm.interop import read_autoencoder, read_schedule, read_scheduler, read_unet, write_scheduler
 from ldm.latents import CodecConfig, LatentCodec
 from ldm.low_res import LowResConfig
 from ldm.models.autoencoder import build_autoencoder
 from ldm.models.unet import build_unet
 from ldm.noise import NoiseSchedule
-from ldm.text import TextConfig, load_text_encoder
+from ldm.pair_text import PairTextEncoder
+from ldm.text import TextConfig, TextEncoder, load_text_encoder
+from ldm.text_config import TextPart
 from ldm.weights import NETWORK_FILE, Codec, folder_digest, load_network, read_json
 from pipelines.cascade import Cascade
 from pipelines.settings import SamplingConfig, StageConfig
 from pipelines.stage import Stage
 
 INDEX = "model_index.json"
-BASE, UPSCALER = "StableDiffusionPipeline", "StableDiffusionUpscalePipeline"
+BASE, XL, UPSCALER = "StableDiffusionPipeline", "StableDiffusionXLPipeline", "StableDiffusionUpscalePipeline"
 # steps, guidance and the level of the small picture's noise, as the stock pipelines have them by default
 _DEFAULTS: dict[str, dict[str, Any]] = {
     BASE: {"steps": 50, "guidance": 7.5, "rows": 1},
+    XL: {"steps": 50, "guidance": 5.0, "rows": 1},
     UPSCALER: {"steps": 75, "guidance": 9.0, "rows": 1, "level": 20},
 }
 _UNUSED = ("safety_checker", "feature_extractor", "image_encoder", "watermarker")
 _OLD_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
-_PARTS = ("unet", "vae", "text_encoder", "tokenizer", "scheduler", "low_res_scheduler")
+_PARTS = (*("unet", "vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2"),
+          *("scheduler", "low_res_scheduler"))  # fmt: skip
 
 
 def load_pipeline(folder: str | Path, device: torch.device | str = "cpu") -> Cascade:
@@ -60,7 +64,7 @@ def load_pipeline(folder: str | Path, device: torch.device | str = "cpu") -> Cas
     said = read_scheduler(_part(folder, "scheduler", "scheduler_config.json"), f"{folder}/scheduler")
     unet, shape = read_unet(_part(folder, "unet", "config.json"), f"{folder / 'unet'}")
     codec, normalisation = _read_codec(folder, device)
-    text = load_text_encoder(TextConfig(kind="clip", path=str(folder / "text_encoder")), device)
+    text = _text(folder, index, kind, device)
     low_res, sampling = _low_res(folder, kind, codec.module.config.factor), dict(_DEFAULTS[kind])
     if low_res is not None:
         sampling["level"] = (sampling["level"] + 1) / low_res.levels.steps
@@ -69,7 +73,10 @@ def load_pipeline(folder: str | Path, device: torch.device | str = "cpu") -> Cas
         raise UserError(f"{folder / 'unet'}: in_channels are {shape.latents + shape.low_res}, of a {kind} they are "
                         f"{shape.latents + wanted}: networks for inpainting are not read")  # fmt: skip
     for what, own, found in (("latents", shape.latents, codec.module.config.latent_channels),
-                             ("text width", shape.text_width, text.width)):  # fmt: skip
+                             ("text width", shape.text_width, text.width),
+                             ("pooled text's width", unet.pooled, text.pooled),
+                             ("pixels a cell", CELL_PX if unet.sizes else codec.module.config.factor,
+                              codec.module.config.factor)):  # fmt: skip
         if own != found:
             raise UserError(f"{folder}: the {what} of unet/ is {own}, that of the part beside it {found}")
     try:
@@ -86,6 +93,15 @@ def load_pipeline(folder: str | Path, device: torch.device | str = "cpu") -> Cas
     denoiser = Denoiser(net, NoiseSchedule(said.schedule), said.denoiser).to(device).eval()
     notes = [*said.notes, *([f"{', '.join(unused)}: not used"] if unused else [])]
     return Cascade([Stage(config, denoiser, codec)], text, folder_digest(folder, INDEX, *_PARTS), notes=tuple(notes))
+
+
+def _text(folder: Path, index: Mapping[str, Any], kind: str, device: torch.device | str) -> TextEncoder:
+    first = str(folder / "text_encoder")
+    if kind != XL:
+        return load_text_encoder(TextConfig(kind="clip", path=first), device)
+    parts = (TextPart(kind="clip", path=first), TextPart(kind="clip_projection", path=str(folder / "text_encoder_2")))
+    empty_is_zero = bool(index.get("force_zeros_for_empty_prompt", True))
+    return load_text_encoder(TextConfig(kind="clip_pair", parts=parts, empty_is_zero=empty_is_zero), device)
 
 
 def _part(folder: Path, name: str, file: str) -> Mapping[str, Any]:
@@ -134,7 +150,8 @@ def export_pipeline(cascade: Cascade, out: str | Path, dtype: torch.dtype = torc
     std, text = config.normalisation.std, cascade.text.config
     refused = {
         f"{len(cascade.stages)} stages: export them one by one, with --stage": len(cascade.stages) > 1,
-        f"text encoder {text.kind}: stock pipelines are told by CLIP": text.kind != "clip",
+        f"text encoder {text.kind}: stock pipelines are told by CLIP": text.kind not in ("clip", "clip_pair"),
+        "its networks are of Stable Diffusion XL in part": (text.kind == "clip_pair") != (config.unet.sizes > 0),
         "its codec has no autoencoder, squares pixels before it, folds its latents, or is of grey":
         codec.autoencoder is None or codec.unshuffle > 1 or codec.fold > 1 or codec.grey,
         "it is told of holes in another order than stock pipelines": config.inpainting,
@@ -161,19 +178,21 @@ def export_pipeline(cascade: Cascade, out: str | Path, dtype: torch.dtype = torc
 
 def _stock(cascade: Cascade, stage: Stage, dtype: torch.dtype) -> Any:
     """The stock pipeline of a stage's networks."""
-    from transformers import CLIPTokenizer  # takes seconds
-
     config, autoencoder = stage.config, stage.codec.module.autoencoder
     name, settings = write_scheduler(config.schedule, config.denoiser, vars(config.sampling))
     vae = _copied(autoencoder, dtype)
     vae.register_to_config(scaling_factor=1 / config.normalisation.std[0])
     unet = _copied(stage.denoiser.net, dtype)
     unet.register_to_config(sample_size=config.resolution_px // stage.codec.module.config.factor)
-    tokenizer = CLIPTokenizer.from_pretrained(_tokenizer(cascade), local_files_only=True,
-                                              model_max_length=cascade.text.max_tokens)  # fmt: skip
-    parts = {"vae": vae, "unet": unet, "text_encoder": _copied(cascade.text.module, dtype), "tokenizer": tokenizer,
-             "scheduler": getattr(diffusers, name).from_config(settings)}  # fmt: skip
-    kind: Any = getattr(diffusers, BASE if config.low_res is None else UPSCALER)
+    parts = {"vae": vae, "unet": unet, "scheduler": getattr(diffusers, name).from_config(settings)}
+    pair = isinstance(cascade.text, PairTextEncoder)
+    encoders = cascade.text.parts if isinstance(cascade.text, PairTextEncoder) else [cascade.text]
+    for number, encoder in enumerate(encoders):
+        end = f"_{number + 1}" if number else ""
+        parts |= {f"text_encoder{end}": _copied(encoder.module, dtype), f"tokenizer{end}": _tokenizer(encoder)}
+    kind: Any = getattr(diffusers, XL if pair else BASE if config.low_res is None else UPSCALER)
+    if pair:
+        return kind(**parts, force_zeros_for_empty_prompt=cascade.text.config.empty_is_zero, add_watermarker=False)
     if config.low_res is None:
         return kind(**parts, safety_checker=None, feature_extractor=None, requires_safety_checker=False)
     levels = config.low_res.levels
@@ -187,5 +206,8 @@ def _copied(network: Any, dtype: torch.dtype) -> Any:
     return nn.Module.to(copy.deepcopy(network), device="cpu", dtype=dtype)
 
 
-def _tokenizer(cascade: Cascade) -> Path:
-    return next(path for name, path in cascade.text.files.items() if name in ("vocab.json", "tokenizer.json")).parent
+def _tokenizer(encoder: TextEncoder) -> Any:
+    from transformers import CLIPTokenizer  # takes seconds
+
+    place = next(path for name, path in encoder.files.items() if name in ("vocab.json", "tokenizer.json")).parent
+    return CLIPTokenizer.from_pretrained(place, local_files_only=True, model_max_length=encoder.max_tokens)

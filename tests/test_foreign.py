@@ -285,7 +285,8 @@ def test_schedulers_come_back_as_they_were(name: str) -> None:
     ("file", "change", "reason"),
     [
         ("model_index.json", {"_class_name": "FluxPipeline"}, "a 'FluxPipeline' is not read"),
-        ("unet/config.json", {"addition_embed_type": "text_time"}, "addition_embed_type is 'text_time', which is not"),
+        ("unet/config.json", {"addition_embed_type": "image"}, "addition_embed_type is 'image', which is not"),
+        ("unet/config.json", {"addition_embed_type": "text_time"}, "text_time needs addition_time_embed_dim and proj"),
         ("unet/config.json", {"in_channels": 9, "class_embed_type": "timestep"}, "for inpainting are not read"),
         ("unet/config.json", {"block_out_channels": [10**9]}, "attention needs one entry|multiples of norm_groups"),
         ("unet/config.json", {"_target_": "os.system", "auto_map": {}}, "auto_map: not of an UNet2DConditionModel"),

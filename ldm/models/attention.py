@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0, XFormersAttnProcessor
@@ -23,5 +23,6 @@ def attend_by(module: nn.Module, kind: Attention, device: torch.device) -> None:
         if device.type != "cuda":
             raise UserError(f"attention xformers: it needs a CUDA GPU, and this run is on {device.type}; use sdpa")
     for network in module.modules():
-        if hasattr(network, "set_attn_processor"):
-            network.set_attn_processor(_PROCESSORS[kind]())
+        choose: Any = getattr(network, "set_attn_processor", None)
+        if choose is not None:
+            choose(_PROCESSORS[kind]())

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 
 from ldm.config import Config, UserError
-from ldm.denoiser import DenoiserConfig
+from ldm.denoiser import SIZES, DenoiserConfig
 from ldm.low_res import LowResConfig
 
 
@@ -24,7 +24,9 @@ class UNetConfig(Config):
     the level is embedded as t is.
     pooled_text: whether the text, pooled by attention, is also added to the embedding of t that every block sees
     (Saharia et al. 2022, Imagen, sec. 2.2). adaptive_norm: whether that embedding scales and shifts the normalised
-    features of a block (Dhariwal & Nichol 2021, eq. 1) or is added to them.
+    features of a block (Dhariwal & Nichol 2021, eq. 1) or is added to them. sizes: width of the embedding of each of
+    six sizes of the picture and its crop (Podell et al. 2023, SDXL, sec. 2.2), 0 for none; with them goes `pooled`:
+    so many numbers of the text's last state are no token but the whole text, embedded beside them.
     """
 
     widths: tuple[int, ...] = (128, 256)
@@ -38,6 +40,8 @@ class UNetConfig(Config):
     transformer_layers: int | tuple[int, ...] = 1
     linear_projection: bool = False
     level_table: int = 0
+    sizes: int = 0
+    pooled: int = 0
 
     def __post_init__(self) -> None:
         if len(self.attention) != len(self.widths) or not self.widths:
@@ -53,6 +57,10 @@ class UNetConfig(Config):
             raise ValueError(f"transformer_layers must be 1 to 32, not {self.transformer_layers}")
         if not 0 <= self.level_table <= 10_000:
             raise ValueError(f"level_table must be 0, or at most 10000 entries, not {self.level_table}")
+        if (self.sizes > 0) != (self.pooled > 0) or self.sizes < 0 or self.sizes % 2 or self.pooled > 65536:
+            raise ValueError(f"sizes and pooled go together, sizes even, not {self.sizes} and {self.pooled}")
+        if self.sizes and self.pooled_text:
+            raise ValueError("pooled_text and sizes do not go together: either pools the text")
         if self.pooled_text and isinstance(self.heads, tuple):
             raise ValueError("pooled_text needs one number of heads, not one per level")
         if any(w < 1 or w > 8192 or w % self.norm_groups or w % h for w, h in zip(self.widths, heads, strict=True)):
@@ -107,7 +115,9 @@ def unet_arguments(config: UNetConfig, shape: UNetShape) -> dict[str, Any]:
         "use_linear_projection": config.linear_projection,
         "cross_attention_dim": shape.text_width,
         "norm_num_groups": config.norm_groups,
-        "addition_embed_type": "text" if config.pooled_text else None,
+        "addition_embed_type": "text" if config.pooled_text else "text_time" if config.sizes else None,
+        "addition_time_embed_dim": config.sizes or None,
+        "projection_class_embeddings_input_dim": SIZES * config.sizes + config.pooled or None,
         "addition_embed_type_num_heads": config.heads if config.pooled_text else 64,
         "resnet_time_scale_shift": "scale_shift" if config.adaptive_norm else "default",
         "class_embed_type": "timestep" if shape.low_res and not table else None,
