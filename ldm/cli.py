@@ -73,12 +73,19 @@ def data_digits(folder: Annotated[Path, typer.Argument(metavar="DIR", help="A ne
 def data_check(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="A folder of pictures with captions.")],
     size_px: Annotated[int | None, typer.Option(help="Report pictures smaller than this, too.")] = None,
+    model: Annotated[Path | None, typer.Option(help="Whose text encoder captions are for; default: shipped.")] = None,
+    html: Annotated[Path | None, typer.Option("--html", help="A page to write, with thumbnails.")] = None,
 ) -> None:
     """Read every sample of a folder and list what is wrong with it; nothing is changed."""
-    from training.data import check
+    from functools import cache
 
-    report = check(folder, size_px)
-    typer.echo(str(report))
+    from pipelines.cascade import load_text
+    from pipelines.generate import SHIPPED
+    from training.check import check
+
+    encoder = cache(lambda: load_text(model or SHIPPED))  # of a set without captions it is not loaded
+    report = check(folder, size_px, lambda caption: encoder().token_count(caption), html)
+    typer.echo(printable(str(report)))
     if report.bad:
         raise typer.Exit(1)
 

@@ -286,6 +286,17 @@ def load_cascade(folder: str | Path, device: torch.device | str = "cpu") -> Casc
     return Cascade(stages, text, folder_digest(folder, "cascade.json", *codecs, "text", *config.stages))
 
 
+def load_text(folder: str | Path) -> TextEncoder:
+    """The text encoder alone of what `load_cascade` reads. Raises UserError as that does."""
+    folder = Path(folder)
+    if (folder / "model_index.json").is_file() and not (folder / "cascade.json").is_file():
+        from pipelines.foreign import load_pipeline_text  # as above
+
+        return load_pipeline_text(folder)
+    config = parse(CascadeConfig, read_json(folder / "cascade.json"), str(folder / "cascade.json"))
+    return load_text_encoder(config.text.placed(str(folder / "text")))
+
+
 def join(folders: Sequence[str | Path], out: str | Path) -> Path:
     """Write the stages of cascade folders, in order, as one cascade into `out`; returns it.
 

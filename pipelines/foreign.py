@@ -56,10 +56,7 @@ def load_pipeline(folder: str | Path, device: torch.device | str = "cpu") -> Cas
     Raises UserError where the pipeline, or a part of it, is none that is built here, or is damaged.
     """
     folder = Path(folder)
-    index = read_json(folder / INDEX)
-    kind = index.get("_class_name") if isinstance(index, dict) else None
-    if kind not in _DEFAULTS:
-        raise UserError(f"{folder / INDEX}: a {kind!a} is not read; {' and '.join(_DEFAULTS)} are")
+    index, kind = _index(folder)
     unused = [name for name in _UNUSED if (index.get(name) or [None])[0]]
     said = read_scheduler(_part(folder, "scheduler", "scheduler_config.json"), f"{folder}/scheduler")
     unet, shape = read_unet(_part(folder, "unet", "config.json"), f"{folder / 'unet'}")
@@ -93,6 +90,20 @@ def load_pipeline(folder: str | Path, device: torch.device | str = "cpu") -> Cas
     denoiser = Denoiser(net, NoiseSchedule(said.schedule), said.denoiser).to(device).eval()
     notes = [*said.notes, *([f"{', '.join(unused)}: not used"] if unused else [])]
     return Cascade([Stage(config, denoiser, codec)], text, folder_digest(folder, INDEX, *_PARTS), notes=tuple(notes))
+
+
+def load_pipeline_text(folder: Path) -> TextEncoder:
+    """The text encoder alone of a pipeline folder. Raises UserError where it is none that is read here."""
+    return _text(folder, *_index(folder), "cpu")
+
+
+def _index(folder: Path) -> tuple[dict[str, Any], str]:
+    """model_index.json, and the class that it names."""
+    index = read_json(folder / INDEX)
+    kind = index.get("_class_name") if isinstance(index, dict) else None
+    if kind not in _DEFAULTS:
+        raise UserError(f"{folder / INDEX}: a {kind!a} is not read; {' and '.join(_DEFAULTS)} are")
+    return index, str(kind)
 
 
 def _text(folder: Path, index: Mapping[str, Any], kind: str, device: torch.device | str) -> TextEncoder:

@@ -20,12 +20,12 @@ import pytest
 from PIL import Image, ImageCms, ImageFile
 
 from ldm.config import ConfigError, UserError, parse
+from training.check import check
 from training.data import (
     BadImage,
     DataConfig,
     Reader,
     Row,
-    check,
     fingerprint,
     read_image,
     rows,
@@ -747,7 +747,12 @@ def test_check_reports_repeats_and_leaks(folder: Path) -> None:
     assert report.notes == {
         "identical picture": 1,
         "identical picture in another split": 1,
-        "shortest side 12 px (003.png)": 1,
+    }
+    assert report.facts == {
+        "shortest sides": "12 px (003.png) to 24 px, median 24",
+        "width by height": "1.50 to 4.17",
+        "captions": "4, of 4 pictures",
+        "splits": "train 2, val 2",
     }
     assert (report.kept, report.bad) == (4, [])
     assert check(folder, size_px=24).bad == [("003.png", "smaller than target (50x12 < 24)")]

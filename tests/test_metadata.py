@@ -16,7 +16,8 @@ import pytest
 from PIL import Image
 
 from ldm.config import UserError
-from training.data import DataConfig, Reader, check
+from training.check import check
+from training.data import DataConfig, Reader
 
 NAMES, CAPTIONS = ["a.png", "b.png", "c.png"], ["a cat", "a dog", "a red truck"]
 

@@ -21,7 +21,8 @@ import pytest
 from PIL import Image
 
 from ldm.config import UserError
-from training.data import BadImage, DataConfig, Reader, check
+from training.check import check
+from training.data import BadImage, DataConfig, Reader
 
 ROOT = Path(__file__).parent.parent
 

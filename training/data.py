@@ -2,25 +2,22 @@
 
 from __future__ import annotations
 
-import hashlib
 import shlex
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
-from pathlib import Path
 from typing import Any
 
 from ldm.config import UserError
 from ldm.decode import BadImage, Pixels, read_image, square, try_square
-from ldm.progress import progress
 from training.rows import DataConfig, Row, shown
 from training.sources import Block, Collection, Pictures, digest_of, fingerprint, open_source
 from training.workers import DEATHS, Broken, Pool, Slow
 
 __all__ = [
     "BadImage", "Block", "DataConfig", "Example", "Reader", "Report", "Row",
-    "check", "fingerprint", "read_image", "rows", "square",
+    "fingerprint", "read_image", "rows", "square",
 ]  # fmt: skip
 
 
@@ -36,17 +33,19 @@ class Example:
 
 @dataclass
 class Report:
-    """What reading met: `bad` as (key, reason), `notes` counted. `str(report)` lists all of it."""
+    """What reading met: `bad` as (key, reason), `notes` counted, `facts` of the whole. `str(report)` lists it all."""
 
     seen: int = 0
     kept: int = 0
     bad: list[tuple[str, str]] = field(default_factory=list)
     notes: Counter[str] = field(default_factory=Counter)
+    facts: dict[str, str] = field(default_factory=dict)
 
     def __str__(self) -> str:
         lines = [f"{self.seen} samples: {self.kept} good, {len(self.bad)} bad"]
         lines += [f"bad   {shown(key)}: {reason}" for key, reason in self.bad]
         lines += [f"note  {note}: {count}" for note, count in sorted(self.notes.items())]
+        lines += [f"fact  {name}: {value}" for name, value in self.facts.items()]
         return "\n".join(lines)
 
 
@@ -196,50 +195,8 @@ def rows(config: DataConfig) -> list[Row]:
     return Reader(config).rows
 
 
-def check(path: str | Path, size_px: int | None = None) -> Report:
-    """Read every sample of a data set and report all that is wrong, changing nothing; `ldm data check DIR`.
-
-    Samples under `size_px` are bad when it is given; the shortest side is noted in any case. Identical
-    pictures are counted, those in another split apart. Raises UserError when there is no sample at all.
-    """
-    config = DataConfig(path=str(path))
-    collection = open_source(config, shard_items=4096)
-    report = Report(notes=collection.notes)
-    smallest: tuple[int, str] | None = None
-    split_of: dict[bytes, Any] = {}
-    counts = [block.count for block in collection.blocks]
-    total = None if None in counts else sum(count for count in counts if count is not None)
-    for row in progress(_scanned(collection, report), "checking", total):
-        report.seen += 1
-        try:
-            pixels = _pixels(row, collection, config, report.notes)
-            if size_px is not None:
-                square(pixels, size_px)
-        except BadImage as error:
-            report.bad.append((row.key, str(error)))
-            continue
-        report.kept += 1
-        side = min(pixels.shape[:2])
-        smallest = min(smallest or (side, row.key), (side, row.key))
-        digest = hashlib.sha256(repr(pixels.shape).encode() + pixels.tobytes()).digest()
-        split = row.fields.get("split")
-        if digest in split_of:
-            same = split_of[digest] == split
-            report.notes["identical picture" if same else "identical picture in another split"] += 1
-        split_of.setdefault(digest, split)
-    if smallest:
-        report.notes[f"shortest side {smallest[0]} px ({shown(smallest[1])})"] = 1
-    return report
-
-
-def _scanned(collection: Collection, report: Report) -> Iterator[Row]:
-    for block in collection.blocks:
-        scan = block.scan()
-        report.notes.update(scan.notes)
-        yield from scan.rows
-
-
-def _pixels(row: Row, collection: Collection, config: DataConfig, notes: Counter[str]) -> Pixels:
+def pixels_of(row: Row, collection: Collection, config: DataConfig, notes: Counter[str]) -> Pixels:
+    """A sample's picture, whole; what was done to it is noted. Raises BadImage where it cannot be read."""
     source = row.fault or collection.source(row)
     if isinstance(source, str):
         raise BadImage(source)
