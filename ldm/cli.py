@@ -182,11 +182,12 @@ def ckpt_average(
 def ckpt_join(
     folders: Annotated[list[Path], typer.Argument(metavar="DIR...", help="Cascade folders, base first.")],
     out: Annotated[Path, typer.Option(help="A new folder for the cascade.")],
+    codec: Annotated[Path | None, typer.Option(help="A codec of the same encoder, in place of theirs.")] = None,
 ) -> None:
     """Put the stages of several folders, such as RUN/final of a base and of an SR run, into one cascade."""
     from pipelines.cascade import join
 
-    typer.echo(str(join(folders, out)))
+    typer.echo(str(join(folders, out, codec)))
 
 
 @app.command()
@@ -303,37 +304,52 @@ def upscale(
 
 @app.command("import")
 def import_(
-    folder: Annotated[Path, typer.Argument(metavar="DIR", help="A pipeline folder of diffusers.")],
+    source: Annotated[
+        Path, typer.Argument(metavar="MODEL", help="A pipeline folder of diffusers, a Hub id, or a single file.")
+    ],
     out: Annotated[Path, typer.Argument(help="A new folder for the cascade.")],
+    config: Annotated[
+        Path | None, typer.Option(help="Of a single file: a folder or Hub id of its architecture, for the configs.")
+    ] = None,
+    pickles: Annotated[
+        bool, typer.Option("--pickles", help="Open pickled weights too, as tensors alone (weights_only).")
+    ] = False,
 ) -> None:
-    """Write a pipeline of diffusers (Stable Diffusion 1.x, 2.x, x4 upscaler) as a cascade folder, in float16."""
+    """Write a pipeline of diffusers (Stable Diffusion 1.x, 2.x, XL, x4 upscaler) as a cascade folder, in float16."""
+    from pipelines.fetch import readable as made_readable
     from pipelines.foreign import load_pipeline
 
-    cascade = load_pipeline(folder)
-    for line in cascade.notes:
-        tell(line)
-    cascade.save(out)
+    with made_readable(source, config, pickles) as readable:
+        cascade = load_pipeline(readable)
+        for line in cascade.notes:
+            tell(line)
+        cascade.save(out)
     typer.echo(str(out))
 
 
 @app.command()
 def export(
     model: Annotated[Path, typer.Argument(metavar="DIR", help="A cascade folder, or a pipeline of diffusers.")],
-    out: Annotated[Path, typer.Argument(help="A new folder.")],
-    to: Annotated[Literal["diffusers"], typer.Option(help="Whose layout.")] = "diffusers",
+    out: Annotated[Path, typer.Argument(help="A new folder, or file.")],
+    to: Annotated[
+        Literal["diffusers", "single"], typer.Option(help="A pipeline folder, or one file as Stable Diffusion's own.")
+    ] = "diffusers",
     stage: Annotated[str | None, typer.Option(help="Which stage, of several.")] = None,
     dtype: Annotated[Literal["float16", "float32"], typer.Option(help="Of the weights.")] = "float16",
     loras: Loras = None,
 ) -> None:
-    """Write a stage as a folder that the stock pipeline of diffusers loads."""
+    """Write a stage as a folder that the stock pipeline of diffusers loads, or as a single file."""
     import torch
 
+    from pipelines import single_file
     from pipelines.cascade import load_cascade
-    from pipelines.foreign import export_pipeline
+    from pipelines.foreign import export_pipeline, stock_pipeline
 
     cascade = load_cascade(model).merged(loras or ())
     cascade = cascade if stage is None else cascade.only(stage)
-    typer.echo(str(export_pipeline(cascade, out, torch.float16 if dtype == "float16" else torch.float32)))
+    kind = torch.float16 if dtype == "float16" else torch.float32
+    typer.echo(str(export_pipeline(cascade, out, kind) if to == "diffusers"
+                   else single_file.write(stock_pipeline(cascade, kind), out, kind)))  # fmt: skip
 
 
 def main() -> Any:

@@ -17,6 +17,7 @@ from ldm.config import Config
 from ldm.models.autoencoder import AutoencoderConfig, build_autoencoder
 
 LOG_VARIANCE_RANGE = (-30.0, 20.0)
+ENCODER = ("autoencoder.encoder.", "autoencoder.quant_conv.")  # how the names of a codec's encoding weights begin
 
 
 @dataclass(frozen=True)

@@ -135,7 +135,8 @@ def check_weights_file(path: Path) -> None:
         found = path.name if path.suffix in _PICKLES else pickles[0]
         raise UserError(
             f"{path.parent / found}: pickled weights can run code when opened, so they are refused. "
-            "Convert the file to safetensors where you trust it, then name the folder again"
+            "Convert the file to safetensors where you trust it, then name the folder again; `ldm import --pickles` "
+            "does that for a pipeline folder of diffusers"
         )
     if not path.is_file():
         raise UserError(f"{path}: no such file")

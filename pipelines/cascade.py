@@ -25,6 +25,7 @@ from torch import Tensor
 from ldm.conditioning import Conditioning
 from ldm.config import Config, UserError, apply_override, parse, to_dict
 from ldm.denoiser import Denoiser
+from ldm.latents import ENCODER
 from ldm.lora import merge_lora
 from ldm.models.unet import build_unet
 from ldm.noise import NoiseSchedule
@@ -43,6 +44,7 @@ from ldm.weights import (
     write_json,
 )
 from ldm.words import load_words
+from pipelines.fetch import located
 from pipelines.settings import SamplingConfig, StageConfig
 from pipelines.stage import Edit, OnStep, Stage, Steering
 
@@ -263,9 +265,9 @@ def check_chain(stages: Sequence[StageConfig]) -> None:
 
 
 def load_cascade(folder: str | Path, device: torch.device | str = "cpu") -> Cascade:
-    """Read a cascade folder, or a pipeline folder of diffusers. Raises UserError where it is neither, is damaged, or
-    its parts do not belong together."""
-    folder = Path(folder)
+    """Read a cascade folder, or a pipeline folder of diffusers, or one of the Hub by its id. Raises UserError where it
+    is neither, is damaged, or its parts do not belong together."""
+    folder = located(folder)
     if (folder / "model_index.json").is_file() and not (folder / "cascade.json").is_file():
         from pipelines.foreign import load_pipeline  # here, because it makes cascades itself
 
@@ -288,7 +290,7 @@ def load_cascade(folder: str | Path, device: torch.device | str = "cpu") -> Casc
 
 def load_text(folder: str | Path) -> TextEncoder:
     """The text encoder alone of what `load_cascade` reads. Raises UserError as that does."""
-    folder = Path(folder)
+    folder = located(folder)
     if (folder / "model_index.json").is_file() and not (folder / "cascade.json").is_file():
         from pipelines.foreign import load_pipeline_text  # as above
 
@@ -297,9 +299,11 @@ def load_text(folder: str | Path) -> TextEncoder:
     return load_text_encoder(config.text.placed(str(folder / "text")))
 
 
-def join(folders: Sequence[str | Path], out: str | Path) -> Path:
+def join(folders: Sequence[str | Path], out: str | Path, codec: str | Path | None = None) -> Path:
     """Write the stages of cascade folders, in order, as one cascade into `out`; returns it.
 
+    codec: one that takes the place of every codec with the same encoder, such as one whose decoder learned on. Raises
+    UserError where there is none such.
     Raises UserError where a stage does not enlarge what the one before makes, names repeat, or `out` exists. Stages
     may differ in their codecs, but share the text encoder of the first folder that must be all of theirs.
     """
@@ -320,12 +324,33 @@ def join(folders: Sequence[str | Path], out: str | Path) -> Path:
     except ValueError as error:
         raise UserError(str(error)) from None
     check_chain([stage.config for stage in stages])
+    if codec is not None:
+        stages = _with_codec(stages, load_codec(codec), str(codec))
     Cascade(stages, parts[0].text).save(Path(out))
     for part, folder in zip(parts, folders, strict=True):
         name = "-".join(stage.config.name for stage in part.stages)
         if (Path(folder) / "training.json").is_file():
             shutil.copyfile(Path(folder) / "training.json", Path(out) / f"training-{name}.json")
     return Path(out)
+
+
+def _with_codec(stages: Sequence[Stage], codec: Codec, name: str) -> list[Stage]:
+    """Stages with another codec, where that encodes to the same latents."""
+
+    def encoder(of: Codec) -> dict[str, Tensor]:
+        return {key: value for key, value in of.module.state_dict().items() if key.startswith(ENCODER)}
+
+    new, changed = encoder(codec), 0
+    found = []
+    for stage in stages:
+        old = encoder(stage.codec)
+        same = stage.codec.module.config == codec.module.config and bool(old) and all(
+            torch.equal(value, new[key]) for key, value in old.items())  # fmt: skip
+        found.append(replace(stage, codec=codec) if same else stage)
+        changed += same
+    if not changed:
+        raise UserError(f"{name}: no stage draws in the latents of this encoder")
+    return found
 
 
 def _codec_names(name: str) -> Iterator[str]:

@@ -97,6 +97,11 @@ def load_pipeline_text(folder: Path) -> TextEncoder:
     return _text(folder, *_index(folder), "cpu")
 
 
+def pipeline_class(folder: Path) -> str:
+    """The class of a pipeline folder. Raises UserError where it is none that is read here."""
+    return _index(folder)[1]
+
+
 def _index(folder: Path) -> tuple[dict[str, Any], str]:
     """model_index.json, and the class that it names."""
     index = read_json(folder / INDEX)
@@ -156,7 +161,22 @@ def export_pipeline(cascade: Cascade, out: str | Path, dtype: torch.dtype = torc
 
     Raises UserError for what no stock pipeline can hold, saying what, and where `out` exists.
     """
-    out, stage = Path(out), cascade.stages[0]
+    out = Path(out)
+    pipeline = stock_pipeline(cascade, dtype)
+    if out.exists():
+        raise UserError(f"{out}: exists; an export is not written over")
+    partial = out.with_name(f"{out.name}.tmp-{uuid.uuid4().hex[:8]}")
+    try:
+        pipeline.save_pretrained(partial, safe_serialization=True)
+        os.replace(partial, out)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return out
+
+
+def stock_pipeline(cascade: Cascade, dtype: torch.dtype = torch.float16) -> Any:
+    """The stock pipeline of a cascade of one stage. Raises UserError for what none can hold, saying what."""
+    stage = cascade.stages[0]
     config, codec = stage.config, stage.codec.module.config
     std, text = config.normalisation.std, cascade.text.config
     refused = {
@@ -175,16 +195,7 @@ def export_pipeline(cascade: Cascade, out: str | Path, dtype: torch.dtype = torc
     for why, applies in refused.items():
         if applies:
             raise UserError(f"stage {config.name} cannot be a stock pipeline: {why}")
-    if out.exists():
-        raise UserError(f"{out}: exists; an export is not written over")
-    pipeline = _stock(cascade, stage, dtype)
-    partial = out.with_name(f"{out.name}.tmp-{uuid.uuid4().hex[:8]}")
-    try:
-        pipeline.save_pretrained(partial, safe_serialization=True)
-        os.replace(partial, out)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-    return out
+    return _stock(cascade, stage, dtype)
 
 
 def _stock(cascade: Cascade, stage: Stage, dtype: torch.dtype) -> Any:

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from ldm.config import UserError, load, to_dict
-from ldm.weights import read_json, write_json
+from ldm.weights import load_codec, read_json, write_json
 from pipelines.cascade import Cascade, join, load_cascade
 from pipelines.generate import ModelRequest, generate
 from pipelines.images import to_uint8
@@ -170,6 +170,24 @@ class TestParts:
             join([runs / "base/final", runs / "base/final"], tmp_path / "c")
         with pytest.raises(UserError, match="exists"):
             join([runs / "base/final"], three)
+
+
+def test_a_decoder_that_learned_on_takes_the_place_of_the_first(runs: Path, three: Path, tmp_path: Path) -> None:
+    """The encoder is the same byte for byte, so that a stage's latents are; what it draws is decoded otherwise."""
+    more = [*SHARED, f"cache={runs / 'cache'}", f"init={runs / 'ae/final'}", "reconstruction.decoder_only=true"]
+    train(ROOT / "configs/tiny/autoencoder.yaml", tmp_path / "decoder", more)
+    old, new = (load_codec(folder / "final").module for folder in (runs / "ae", tmp_path / "decoder"))
+    x = torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    assert torch.equal(old.encode(x), new.encode(x))
+    raw = old.encode(x).chunk(2, 1)[0]
+    assert not torch.equal(old.decode(raw), new.decode(raw))
+    joined = load_cascade(join([three], tmp_path / "joined", tmp_path / "decoder/final"))
+    assert [stage.codec.module.config.autoencoder is None for stage in joined.stages] == [True, True, False]
+    assert torch.equal(joined.stages[-1].codec.module.decode(raw), new.decode(raw))
+    with pytest.raises(UserError, match="no stage draws in the latents of this encoder"):
+        join([runs / "base/final"], tmp_path / "none", tmp_path / "decoder/final")
+    with pytest.raises(UserError, match="decoder_only keeps an encoder that has learned: say which with init"):
+        load(RunConfig, ROOT / "configs/tiny/autoencoder.yaml", ["reconstruction.decoder_only=true"])
 
 
 @pytest.mark.parametrize(

@@ -18,11 +18,13 @@ from ldm.config import load
 ROOT = Path(__file__).parent.parent
 
 
-def commands() -> list[str]:
-    """Every `ldm ...` line of a fenced block in the guides, and of the first lines of the configs."""
+def commands(guides: bool = True) -> list[str]:
+    """Every `ldm ...` line of a fenced block in what there is to read, and of the first lines of the configs; without
+    `guides` not those of configs/."""
     found: list[str] = []
-    for guide in ("README.md", "CONTRIBUTING.md", "pipelines/weights/emoji/README.md"):
-        for block in re.findall(r"```(?:bash|sh)?\n(.*?)```", (ROOT / guide).read_text(encoding="utf-8"), re.DOTALL):
+    read = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "pipelines/weights/emoji/README.md")]
+    for guide in [*read, *(sorted(ROOT.glob("configs/**/*.md")) if guides else [])]:
+        for block in re.findall(r"```(?:bash|sh)?\n(.*?)```", guide.read_text(encoding="utf-8"), re.DOTALL):
             found += [line.split("#")[0] for line in block.replace("\\\n", " ").splitlines()]
     for config in sorted(ROOT.glob("configs/**/*.yaml")):
         found += config.read_text(encoding="utf-8").splitlines()[0].lstrip("# ").split(" && ")
@@ -47,10 +49,10 @@ def test_command_parses(command: str) -> None:
 
 def shipped_alone(command: str) -> bool:
     """Whether nothing that a reader trains first is needed."""
-    return not any(flag in command for flag in ("--model", "--lora", "--control"))
+    return not any(flag in command for flag in ("--model", "--lora", "--control", "--embedding"))
 
 
-@pytest.mark.parametrize("command", [c for c in commands() if c.startswith("ldm generate") and shipped_alone(c)])
+@pytest.mark.parametrize("command", [c for c in commands(False) if c.startswith("ldm generate") and shipped_alone(c)])
 def test_generate_commands_run_on_the_shipped_model(
     command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -59,7 +61,7 @@ def test_generate_commands_run_on_the_shipped_model(
     assert (tmp_path / capsys.readouterr().out.splitlines()[-1]).is_file()
 
 
-@pytest.mark.parametrize("command", [c for c in commands() if c.startswith("ldm upscale") and "--model" not in c])
+@pytest.mark.parametrize("command", [c for c in commands(False) if c.startswith("ldm upscale") and "--model" not in c])
 def test_upscale_commands_run_on_the_shipped_model(
     command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -86,7 +88,7 @@ def test_shipped_weights_keep_to_their_sizes() -> None:
 
 
 def test_guides_name_only_files_that_exist() -> None:
-    for guide in ("README.md", "CONTRIBUTING.md"):
-        text = (ROOT / guide).read_text(encoding="utf-8")
+    for guide in [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *ROOT.glob("configs/**/*.md")]:
+        text = guide.read_text(encoding="utf-8")
         for target in re.findall(r"\]\((?!https?:)([^)#]+)\)", text):
-            assert (ROOT / target).exists(), f"{guide}: {target}"
+            assert (guide.parent / target).exists(), f"{guide}: {target}"

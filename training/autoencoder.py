@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ldm.config import UserError, to_dict
-from ldm.latents import CodecConfig, LatentCodec
+from ldm.latents import ENCODER, CodecConfig, LatentCodec
 from ldm.weights import load_codec, save_codec, write_json
 from pipelines.images import grid, save_png, to_uint8
 from training.cache import Cache
@@ -35,6 +35,8 @@ class AutoencoderRun(StageRun):
         super().__post_init__()
         if self.codec.autoencoder is None:
             raise ValueError("codec.autoencoder is null: pixels need no training")
+        if self.reconstruction.decoder_only and self.init is None:
+            raise ValueError("reconstruction.decoder_only keeps an encoder that has learned: say which with init")
         crop = self.reconstruction.crop_px
         if crop % self.codec.factor or self.data.size_px % crop:
             raise ValueError(
@@ -94,6 +96,9 @@ class AutoencoderTask:
                 raise UserError(f"init: {config.init} holds another codec than the config's codec section: "
                                 f"{to_dict(released.config)}")  # fmt: skip
             codec.load_state_dict(released.state_dict())
+        if config.reconstruction.decoder_only:
+            for name, parameter in codec.named_parameters():
+                parameter.requires_grad_(not name.startswith(ENCODER))
         self.module = AutoencoderModule(codec, config.reconstruction)
         self._side, self._chosen = config.reconstruction.crop_px, config.validation.chosen(self.held_out)
 

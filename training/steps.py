@@ -48,7 +48,8 @@ class ReconstructionConfig(Config):
     """What an autoencoder is trained on: `crop_px` squares, whole pictures shrunk to it or crops at full size.
 
     kl is the weight of the KL term per latent dimension, gradient that of the L1 of image gradients, perceptual that
-    of the distance in features of EfficientNet-Lite0 (needs the extra `eval`).
+    of the distance in features of EfficientNet-Lite0 (needs the extra `eval`). decoder_only: the encoder stays as it
+    is, and the decoder learns to decode its means, so that stages trained in its latents go on fitting.
     """
 
     crop_px: int = 64
@@ -59,6 +60,7 @@ class ReconstructionConfig(Config):
     gradient: float = 1.0
     kl: float = 5e-4
     perceptual: float = 0.0
+    decoder_only: bool = False
 
     def __post_init__(self) -> None:
         if self.crop_px < 8:
@@ -88,16 +90,20 @@ def training_squares(batch: Batch, config: ReconstructionConfig) -> Tensor:
 
 def autoencoder_step(codec: LatentCodec, pixels: Tensor, noise: Tensor, config: ReconstructionConfig,
                      features: Features | None = None) -> StepResult:  # fmt: skip
-    """L1 + L2 + L1 of image gradients + KL + perceptual distance, on pixels (B, 3, H, W) and noise (B, C, h, w)."""
-    moments = codec.encode(pixels)
-    decoded = codec.decode(sample_moments(moments, noise))
+    """L1 + L2 + L1 of image gradients + KL + perceptual distance, on pixels (B, 3, H, W) and noise (B, C, h, w); of a
+    decoder alone without the KL, and the noise is not used."""
+    with torch.set_grad_enabled(torch.is_grad_enabled() and not config.decoder_only):
+        moments = codec.encode(pixels)
+    raw = moments.chunk(2, 1)[0] if config.decoder_only else sample_moments(moments, noise)
+    decoded = codec.decode(raw)
     error = decoded - pixels
     l1, l2 = error.abs().mean(), (error**2).mean()
     gradient = (error[..., 1:] - error[..., :-1]).abs().mean() + (
         error[..., 1:, :] - error[..., :-1, :]
     ).abs().mean()
     kl = kl_to_standard_normal(moments).mean() / noise[0].numel()
-    loss = config.l1 * l1 + config.l2 * l2 + config.gradient * gradient + config.kl * kl
+    loss = config.l1 * l1 + config.l2 * l2 + config.gradient * gradient
+    loss = loss if config.decoder_only else loss + config.kl * kl
     metrics = {"l1": l1.detach(), "mse": l2.detach(), "kl_per_dim": kl.detach()}
     if features is not None:
         distance = features.perceptual_distance(decoded, pixels).mean()
