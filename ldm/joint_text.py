@@ -61,6 +61,10 @@ class JointTextEncoder(TextEncoder):
         """Raises UserError: no word stands in several encoders' tables."""
         raise UserError(f"{word!a}: a joint text encoder learns no words; use one encoder alone")
 
+    def beginnings(self, caption: str, count: int) -> Tensor:
+        """Raises UserError, as `learn`."""
+        raise UserError("inversion: a joint text encoder learns no words; use one encoder alone")
+
     def states(self, tokens: list[list[int]]) -> Tensor:
         """One call of each network: a group of at most ROWS captions -> states (len(tokens), length, D)."""
         found, start = [], 0

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import embedding
 
 from ldm.config import UserError
 
@@ -14,9 +15,8 @@ _TABLES = ("word_embeddings", "token_embedding", "shared", "embed_tokens")  # as
 
 
 def pattern(words: Sequence[str]) -> re.Pattern[str]:
-    """Where any of the words stands by itself, in capitals or not; one group."""
-    longest_first = sorted(map(re.escape, words), key=len, reverse=True)
-    return re.compile(rf"(?<!\w)({'|'.join(longest_first)})(?!\w)", re.IGNORECASE)
+    """Where any of the words stands by itself, in capitals or not; a group for each, of which the first wins."""
+    return re.compile(rf"(?<!\w)(?:{'|'.join(f'({re.escape(word)})' for word in words)})(?!\w)", re.IGNORECASE)
 
 
 class Vocabulary(nn.Module):
@@ -34,7 +34,8 @@ class Vocabulary(nn.Module):
         found: Tensor = self.known(ids.masked_fill(new, 0))
         if len(self.rows) == 0:
             return found
-        return torch.where(new[..., None], self.rows.to(found)[(ids - size).clamp(min=0)], found)
+        # as an embedding, whose gradient is summed in one order, which indexing's is not
+        return torch.where(new[..., None], embedding((ids - size).clamp(min=0), self.rows.to(found)), found)
 
 
 class Lexicon:
@@ -56,25 +57,30 @@ class Lexicon:
         for word, rows in self._words.items():
             ids[word] = list(range(first, first + len(rows)))
             first += len(rows)
-        (head, tail), where = self._specials(), pattern(list(self._words))
+        words = sorted(ids, key=len, reverse=True)  # of words that begin alike the longest
+        (head, tail), where = self._specials(), pattern(words)
         found = []
         for caption in captions:
-            pieces = [piece.strip() for piece in where.split(caption)]
-            own = [ids[piece.lower()] if k % 2 else self.plain(piece) for k, piece in enumerate(pieces) if piece]
-            found.append([*head, *(i for part in own for i in part), *tail])
+            own, place = list(head), 0
+            for match in where.finditer(caption):
+                own += [*self.plain(caption[place : match.start()]), *ids[words[(match.lastindex or 1) - 1]]]
+                place = match.end()
+            found.append([*own, *self.plain(caption[place:]), *tail])
         return found
 
     def plain(self, caption: str) -> list[int]:
         """Ids of a caption's known words without the special tokens."""
         head, tail = self._specials()
-        return self._known([caption])[0][len(head) : -len(tail)]
+        return self._known([caption.strip()])[0][len(head) : -len(tail)] if caption.strip() else []
 
     def learn(self, word: str, rows: Tensor) -> None:
         """Tell `word`, wherever it stands by itself, in capitals or not, as the embeddings `rows` (n, D).
 
-        Raises UserError for rows of another width.
+        Raises UserError for rows of another width, and an empty word.
         """
-        width = self.vocabulary.known.embedding_dim
+        word, width = word.strip(), self.vocabulary.known.embedding_dim
+        if not word:
+            raise UserError("a word to learn must not be empty")
         if rows.shape[1] != width:
             raise UserError(f"{word!a}: its embeddings have width {rows.shape[1]}, and this text encoder's {width}")
         self._words[word.lower()] = rows

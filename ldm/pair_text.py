@@ -60,6 +60,10 @@ class PairTextEncoder(TextEncoder):
         """Raises UserError: a word would need embeddings of both."""
         raise UserError(f"{word!a}: a pair of text encoders learns no words")
 
+    def beginnings(self, caption: str, count: int) -> Tensor:
+        """Raises UserError, as `learn`."""
+        raise UserError("inversion: a pair of text encoders learns no words")
+
     def states(self, tokens: list[list[int]]) -> Tensor:
         """One call of each network: at most ROWS captions -> states (len(tokens), L + 1, D)."""
         rows = [tokens[min(row, len(tokens) - 1)] for row in range(ROWS)]  # rows to spare repeat the last caption

@@ -36,7 +36,7 @@ MINILM_SHA256 = {
     "vocab.txt": "07eced375cec144d27c900241f3e339478dec958f92fddbc551f295c992038a3",
 }
 _WEIGHTS = ("model.safetensors", "open_clip_model.safetensors", "open_clip_pytorch_model.safetensors")
-_WHOLE = ("clip", "clip_projection", "open_clip")  # they attend to their padding, and keep all of its states
+WHOLE = ("clip", "clip_projection", "open_clip")  # they attend to their padding, and keep all of its states
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 _TOKENIZER_EXTRAS = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 
@@ -108,7 +108,7 @@ class TextEncoder:
         self.width = parts.width
         self.pad_id = parts.pad_id
         self.max_tokens = max_tokens
-        self.uses_mask = config.kind not in _WHOLE
+        self.uses_mask = config.kind not in WHOLE
         self.files = parts.files
         self.digest = _digest("bert" if config.kind == "minilm" else config.kind, max_tokens, parts.files)
         self.device = device
@@ -175,6 +175,10 @@ class TextEncoder:
         """Tell a word as the embeddings `rows` (n, width of its table) from now on (`ldm.lexicon.Lexicon.learn`)."""
         self.lexicon.learn(word, rows.to(self.device))
 
+    def beginnings(self, caption: str, count: int) -> Tensor:
+        """Embeddings (count, width of its table) of a caption's words, for a word to begin with."""
+        return self.lexicon.beginnings(caption, count)
+
     def _padded(self, count: int) -> int:
         """The length that a caption of `count` tokens is computed at; without a mask padding is part of the caption."""
         return min(-(-count // STEP) * STEP, self.max_tokens) if self.uses_mask else self.max_tokens
@@ -197,7 +201,7 @@ def load_text_encoder(config: TextConfig, device: torch.device | str = "cpu") ->
         parts = _load_open_clip(folder)
     else:
         parts = _load_transformers("bert" if config.kind == "minilm" else config.kind, folder)
-    whole = config.kind in _WHOLE
+    whole = config.kind in WHOLE
     limit = parts.positions
     max_tokens = config.max_tokens or (limit if whole else 20)
     if max_tokens > limit or (whole and max_tokens < limit):
@@ -305,7 +309,7 @@ def _load_transformers(kind: str, folder: Path) -> _Parts:
 
     def states(ids: Tensor, real: Tensor) -> Tensor:
         # Stable Diffusion lets CLIP attend to its padding
-        return model(input_ids=ids, attention_mask=None if kind in _WHOLE else real).last_hidden_state
+        return model(input_ids=ids, attention_mask=None if kind in WHOLE else real).last_hidden_state
 
     def tokenize(texts: list[str]) -> list[list[int]]:
         return tokenizer(texts, verbose=False)["input_ids"]

@@ -26,7 +26,7 @@ _UNNAMED = "emb_params"  # the key where a file's name is the word
 
 @dataclass(frozen=True)
 class InversionConfig(Config):
-    """word: what stands for the pictures in captions; a caption without it gets it at its end. vectors: embeddings
+    """word: what stands for the pictures in captions; a caption without it begins with it. vectors: embeddings
     that it is told as. begin: the words whose embeddings they begin as, one after the other."""
 
     word: str
@@ -43,7 +43,7 @@ class InversionConfig(Config):
         """The caption with the word."""
         if pattern([self.word]).search(caption):
             return caption
-        return f"{caption}, {self.word}" if caption.strip() else self.word
+        return f"{self.word}, {caption}" if caption.strip() else self.word
 
 
 def save_words(words: Mapping[str, Tensor], folder: Path) -> None:

@@ -1,6 +1,6 @@
-"""Where a model lies: a folder here, or a repository of the Hugging Face Hub, fetched when its id is given.
+"""Where a model lies: a folder here, or a repository of the Hugging Face Hub, fetched where it is named so.
 
-    folder, or id "owner/name" -> located -> folder;  a folder of pickles -> unpickled -> a folder of safetensors
+    folder, or hf:owner/name -> located -> folder;  a folder of pickles -> unpickled -> a folder of safetensors
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -18,29 +18,37 @@ from safetensors.torch import save_file
 
 from ldm.config import UserError
 
-HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
-# weights of one precision, configs, vocabularies: no other copies, no pickles
-WANTED = ("*.json", "*.txt", "*/*.json", "*/*.txt", "*/diffusion_pytorch_model.safetensors", "*/model.safetensors",
-          "*/model-*-of-*.safetensors")  # fmt: skip
+PARTS = ("unet", "vae", "text_encoder", "text_encoder_2")  # whose weights are read
+HUB = "hf:"
+_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+CONFIGS = ("*.json", "*.txt")
+WEIGHTS = ("*/diffusion_pytorch_model.safetensors", "*/model.safetensors", "*/model-*-of-*.safetensors",
+           "*/open_clip_model.safetensors")  # fmt: skip
 _PICKLED = {"diffusion_pytorch_model.bin": "diffusion_pytorch_model.safetensors",
             "pytorch_model.bin": "model.safetensors"}  # fmt: skip
+_UNUSED = ("safety_checker/*", "feature_extractor/*", "image_encoder/*", "*.fp16.*", "*.non_ema.*")
 
 
-def located(model: str | Path) -> Path:
-    """The folder of a model; one named by a Hub id that is no path here is fetched into the Hub's own cache.
+def located(model: str | Path, wanted: Sequence[str] = (*CONFIGS, *WEIGHTS)) -> Path:
+    """The folder of a model: itself, or of `hf:owner/name` what is `wanted` of it, fetched into the Hub's own cache.
 
     Raises UserError where that fails.
     """
-    path = Path(model)
-    if path.exists() or not HUB_ID.fullmatch(str(model)) or len(path.parts) != 2:
-        return path
+    name = str(model)
+    if not name.startswith(HUB):
+        if not Path(model).exists() and _ID.fullmatch(name):
+            raise UserError(f"{name}: no such folder; if it is an id of the Hugging Face Hub, say {HUB}{name}")
+        return Path(model)
+    name = name.removeprefix(HUB)
+    if not _ID.fullmatch(name):
+        raise UserError(f"{model}: an id of the Hub is {HUB}owner/name")
     from huggingface_hub import snapshot_download  # takes seconds
 
     try:
-        return Path(snapshot_download(str(model), allow_patterns=list(WANTED)))
+        return Path(snapshot_download(name, allow_patterns=list(wanted), ignore_patterns=list(_UNUSED)))
     except Exception as error:  # of every kind: no network, no such repository, a gated one, no cached copy
         told = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise UserError(f"{model}: no such folder here, and as an id of the Hub it cannot be fetched: {told}") from None
+        raise UserError(f"{model}: cannot be fetched: {told}") from None
 
 
 @contextmanager
@@ -52,7 +60,7 @@ def unpickled(folder: Path) -> Iterator[Path]:
         for path in sorted(p for p in folder.rglob("*") if p.is_file()):
             place = copy / path.relative_to(folder)
             place.parent.mkdir(parents=True, exist_ok=True)
-            wanted = _PICKLED.get(path.name)
+            wanted = _PICKLED.get(path.name) if path.parent.name in PARTS else None
             if wanted is None or path.with_name(wanted).exists():
                 if path.suffix not in (".bin", ".ckpt", ".pt", ".pth", ".pkl"):
                     _linked(path, place)
@@ -71,10 +79,13 @@ def readable(source: Path, like: Path | None = None, pickles: bool = False) -> I
         if like is None:
             raise UserError(f"{source}: a single file says nothing of its architecture: name a pipeline folder, or "
                             "a Hub id, of the same one with --config")  # fmt: skip
-        with as_folder(source, located(like)) as folder:
+        with as_folder(source, located(like, CONFIGS)) as folder:
             yield folder
     elif pickles:
-        with unpickled(located(source)) as folder:
+        place = located(source, (*CONFIGS, *WEIGHTS, *(f"*/{name}" for name in _PICKLED)))
+        if not place.is_dir():
+            raise UserError(f"{source}: no such folder")
+        with unpickled(place) as folder:
             yield folder
     else:
         yield located(source)

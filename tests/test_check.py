@@ -51,7 +51,7 @@ def test_the_page_shows_pictures_and_what_is_bad_as_text(folder: Path, tmp_path:
     assert "http" not in text
     with pytest.raises(UserError, match="exists; name another file with --html"):
         check(folder, page=page)
-    with pytest.raises(UserError, match="cannot be written"):
+    with pytest.raises(UserError, match="its folder does not exist; name another file with --html"):
         check(folder, page=tmp_path / "none/page.html")
 
 

@@ -10,13 +10,14 @@ from typing import Any
 import huggingface_hub
 import pytest
 import torch
+from huggingface_hub.utils import filter_repo_objects
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 from ldm.cli import app
 from ldm.config import UserError
 from pipelines.cascade import load_cascade
-from pipelines.fetch import WANTED, located, unpickled
+from pipelines.fetch import located, readable, unpickled
 from tests.test_foreign import SCHEDULERS, SD1, stable_diffusion
 from tests.tiny_text import tiny_clip
 
@@ -44,27 +45,39 @@ def test_an_id_is_fetched_and_a_path_is_not(
 ) -> None:
     asked: list[Any] = []
 
-    def fetch(name: str, allow_patterns: list[str]) -> str:
-        asked.append((name, tuple(allow_patterns)))
+    def fetch(name: str, allow_patterns: list[str], ignore_patterns: list[str]) -> str:
+        asked.append((name, allow_patterns, ignore_patterns))
         return str(folder)
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", fetch)
     monkeypatch.chdir(tmp_path)
-    assert load_cascade("someone/a-model").digest == load_cascade(folder).digest
-    assert asked == [("someone/a-model", WANTED)]
-    assert not any(".bin" in pattern or pattern == "*" for pattern in WANTED)
+    assert load_cascade("hf:someone/a-model").digest == load_cascade(folder).digest
+    assert [name for name, _, _ in asked] == ["someone/a-model"]
+    files = ["unet/diffusion_pytorch_model.safetensors", "text_encoder/model.safetensors", "model_index.json",
+             "tokenizer/merges.txt", "unet/diffusion_pytorch_model.bin", "safety_checker/model.safetensors",
+             "unet/diffusion_pytorch_model.fp16.safetensors", "v1-5-pruned.safetensors"]  # fmt: skip
+    assert list(filter_repo_objects(files, allow_patterns=asked[0][1], ignore_patterns=asked[0][2])) == files[:4]
+    with readable(Path("hf:someone/a-model"), pickles=True):
+        pass
+    assert "unet/diffusion_pytorch_model.bin" in list(filter_repo_objects(files, allow_patterns=asked[1][1]))
     for path in ("sd", "sd/unet", "nothing", "a/b/c", "../a", "/tmp/nothing", "a//b"):
         located(path)
-    assert len(asked) == 1
+    with pytest.raises(UserError, match="runs/sr-old: no such folder; if it is an id .*, say hf:runs/sr-old"):
+        load_cascade("runs/sr-old")
+    with pytest.raises(UserError, match="an id of the Hub is hf:owner/name"):
+        located("hf:nothing")
+    with pytest.raises(UserError, match="nothing: no such folder"), readable(Path("nothing"), pickles=True):
+        pass
+    assert len(asked) == 2
 
 
 def test_what_cannot_be_fetched_is_told_in_a_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    def fetch(name: str, allow_patterns: list[str]) -> str:
+    def fetch(name: str, **options: Any) -> str:
         raise OSError("no route to host\nand a long story")
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", fetch)
-    with pytest.raises(UserError, match=r"someone/a-model: no such folder here, .* be fetched: no route to host$"):
-        load_cascade("someone/a-model")
+    with pytest.raises(UserError, match=r"hf:someone/a-model: cannot be fetched: no route to host$"):
+        load_cascade("hf:someone/a-model")
 
 
 def test_pickles_are_opened_when_asked_for(pickled: Path, tmp_path: Path) -> None:

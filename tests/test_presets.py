@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
@@ -57,6 +58,23 @@ def test_one_command_trains_a_stage_of_a_cascade(
     again = CliRunner().invoke(app, words)
     assert again.exit_code == 0
     assert "train " not in again.output
+
+
+def test_a_split_that_metadata_name_is_held_out(pictures: Path, tiny_folder: Path) -> None:
+    for caption in pictures.glob("*.txt"):
+        caption.unlink()
+    rows = [{"file_name": f"{k}.png", "caption": f"thing {k}", "split": "test" if k > 5 else "train"} for k in range(8)]
+    (pictures / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    made = tuning(pictures, "full", tiny_folder)
+    assert (made.data.split, made.validation.split) == ("train", "test")
+    assert made.preview.prompts == tuple(f"thing {k}" for k in range(4))
+    own = tuning(pictures, "full", tiny_folder, ["data.split=test"])
+    assert (own.data.split, own.validation.split) == ("test", "test")
+
+
+def test_the_rest_is_in_shares_of_the_images_asked_for(pictures: Path, tiny_folder: Path) -> None:
+    loop = tuning(pictures, "full", tiny_folder, ["loop.images=2000"]).loop
+    assert (loop.images, loop.preview_every_images, loop.log_every_images) == (2000, 500, 100)
 
 
 def test_captions_are_previewed_and_passes_counted(pictures: Path, tiny_folder: Path) -> None:

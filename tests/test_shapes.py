@@ -23,6 +23,12 @@ def test_every_config_fits_together(path: Path) -> None:
     assert "EFLOP" in found
 
 
+def test_a_decoder_alone_fits() -> None:
+    more = ["reconstruction.decoder_only=true", "init=somewhere"]
+    found = shapes(Path("configs/tiny/autoencoder.yaml"), more)
+    assert "shapes fit" in found
+
+
 def test_work_and_parameters_of_a_known_network() -> None:
     """The shipped base: parameters as in its card, three times the work of a forward pass."""
     found = shapes("configs/emoji/base.yaml", ["codec=pipelines/weights/emoji/codec", "unet.widths=[128,160]",

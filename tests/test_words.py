@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from ldm.cli import app
-from ldm.config import UserError, load
+from ldm.config import UserError, load, to_yaml
 from ldm.joint_text import JointTextEncoder
 from ldm.text import TextConfig, TextEncoder, load_text_encoder
 from ldm.words import WORDS_FILE, InversionConfig, load_words, save_words
@@ -21,7 +22,10 @@ from tests.test_foreign import SCHEDULERS, SD1, stable_diffusion
 from tests.test_presets import SHORT, pictures
 from tests.tiny import ROOT
 from tests.tiny_text import TINY, tiny_clip
+from training.diffusion import DiffusionModule
+from training.loader import BatchOrder
 from training.presets import tuning
+from training.run import train
 from training.tasks import RunConfig, build_task
 
 __all__ = ["pictures"]
@@ -139,6 +143,39 @@ def test_a_preset_learns_a_word_and_a_flag_uses_it(
     assert drawn.exit_code == 0, drawn.output
 
 
+def test_pictures_without_captions_are_told_by_the_word_alone(
+    pictures: Path, tiny_folder: Path, tmp_path: Path
+) -> None:
+    for caption in pictures.glob("*.txt"):
+        caption.unlink()
+    task = build_task(tuning(pictures, "inversion", tiny_folder, [f"cache={tmp_path}", "dropout=0.5"]))
+    module, cache = task.module, task.cache
+    assert isinstance(module, DiffusionModule)
+    assert module.word is not None
+    module(module.prepare(BatchOrder(cache, 0, 0, 4, 4)[0])).losses[0].backward()
+    assert module.word.grad is not None
+    assert bool(module.word.grad.any(1).all())
+    told = module.frozen.told
+    assert told is not None
+    found, alone, null = told(["", "my pictures", None]).text, told(["my pictures"]).text, told([None]).text
+    assert torch.equal(found[:1], alone)
+    assert torch.equal(found[2:], null)
+    assert not torch.equal(alone, null)
+
+
+def test_a_run_of_a_word_resumes_bit_for_bit(pictures: Path, tiny_folder: Path, tmp_path: Path) -> None:
+    config = tmp_path / "word.yaml"
+    config.write_text(to_yaml(tuning(pictures, "inversion", tiny_folder, [f"cache={tmp_path / 'cache'}"])))
+    short = [word for flag, word in zip(SHORT, SHORT[1:], strict=False) if flag == "--set"]
+    short += ["loop.images=64", "loop.save_every_images=32", "loop.preview_every_images=32"]
+    whole = train(config, tmp_path / "whole", short)
+    shutil.copytree(tmp_path / "whole", tmp_path / "parts")
+    shutil.rmtree(tmp_path / "parts/final")
+    shutil.rmtree(tmp_path / "parts/checkpoints/step-000000000064")
+    parts = train(config, tmp_path / "parts", short)
+    assert (whole / WORDS_FILE).read_bytes() == (parts / WORDS_FILE).read_bytes()
+
+
 def test_only_the_word_is_trained(tiny_folder: Path, pictures: Path, tmp_path: Path) -> None:
     task = build_task(tuning(pictures, "inversion", tiny_folder, [f"cache={tmp_path}"]))
     assert [name for name, parameter in task.module.named_parameters() if parameter.requires_grad] == ["word"]
@@ -153,7 +190,7 @@ def test_only_the_word_is_trained(tiny_folder: Path, pictures: Path, tmp_path: P
 def test_captions_get_the_word_where_they_lack_it() -> None:
     config = InversionConfig("my dog")
     assert [config.told(c) for c in ("", "a face", "My Dog, red", "my dogs")] == [
-        "my dog", "a face, my dog", "My Dog, red", "my dogs, my dog"]  # fmt: skip
+        "my dog", "my dog, a face", "My Dog, red", "my dog, my dogs"]  # fmt: skip
     for wrong in ({"word": " "}, {"word": "a "}, {"word": "a", "vectors": 0}):
         with pytest.raises(ValueError, match="must"):
             InversionConfig(**wrong)

@@ -97,8 +97,7 @@ class AutoencoderTask:
                                 f"{to_dict(released.config)}")  # fmt: skip
             codec.load_state_dict(released.state_dict())
         if config.reconstruction.decoder_only:
-            for name, parameter in codec.named_parameters():
-                parameter.requires_grad_(not name.startswith(ENCODER))
+            hold_encoder(codec)
         self.module = AutoencoderModule(codec, config.reconstruction)
         self._side, self._chosen = config.reconstruction.crop_px, config.validation.chosen(self.held_out)
 
@@ -127,6 +126,12 @@ class AutoencoderTask:
         with written_whole(folder) as partial:
             save_codec(module.codec, partial)
             write_json(partial / "training.json", facts)
+
+
+def hold_encoder(codec: LatentCodec) -> None:
+    """Let training change the decoder alone."""
+    for name, parameter in codec.named_parameters():
+        parameter.requires_grad_(not name.startswith(ENCODER))
 
 
 def whole_pictures(cache: Cache, indices: Sequence[int], side_px: int) -> torch.Tensor:

@@ -38,8 +38,9 @@ def check(path: str | Path, size_px: int | None = None, tokens: TokenCount | Non
     write, with thumbnails of at most THUMBNAILS samples. Raises UserError where there is no sample at all, or the page
     exists.
     """
-    if page is not None and Path(page).exists():
-        raise UserError(f"{page}: exists; name another file with --html")
+    if page is not None and (Path(page).exists() or not Path(page).absolute().parent.is_dir()):
+        why = "exists" if Path(page).exists() else "its folder does not exist"
+        raise UserError(f"{page}: {why}; name another file with --html")
     config = DataConfig(path=str(path))
     collection = open_source(config, shard_items=4096)
     report = Report(notes=collection.notes)
@@ -156,6 +157,7 @@ def _write(page: Path, name: str, report: Report, thumbnails: _Thumbnails) -> No
             f"<!doctype html><html lang=en><meta charset=utf-8><title>{title}</title><style>{style}</style>"
             f"<h1>{title}</h1><table>{told}</table>{f'<h2>Bad</h2><table>{bad}</table>' if bad else ''}"
             f"<h2>{len(thumbnails.found)} of them</h2>{thumbnails.html()}</html>\n", encoding="utf-8",
+            errors="backslashreplace",
         )  # fmt: skip
     except OSError as error:
         raise UserError(f"{page}: cannot be written ({error.strerror}); name another file with --html", 1) from None

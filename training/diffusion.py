@@ -14,10 +14,11 @@ from torch.nn.functional import interpolate
 
 from ldm.config import Config, UserError, parse
 from ldm.control import ControlConfig, control_picture
-from ldm.denoiser import Denoiser, DenoiserConfig, check_together
+from ldm.denoiser import CELL_PX, Denoiser, DenoiserConfig, check_together
 from ldm.latents import CodecConfig, LatentCodec, Normalisation, decode_rows
 from ldm.lora import LoraConfig
 from ldm.low_res import DegradationConfig, LowResConfig
+from ldm.models.attention import attend_by
 from ldm.models.unet import UNetConfig, build_unet, unet_shape
 from ldm.noise import NoiseScheduleConfig
 from ldm.text import TextConfig, TextEncoder, load_text_encoder
@@ -115,8 +116,9 @@ class DiffusionRun(StageRun):
             raise ValueError("lora, control and inversion are of a network that has learned: say which with init")
         if len(tuned) > 1:
             raise ValueError("lora, control and inversion are trained one at a time")
-        if self.prior is not None and self.encode != "cached":
-            raise ValueError("prior is mixed from caches: set encode=cached")
+        if self.prior is not None and (self.encode != "cached" or self.inversion is not None):
+            raise ValueError("prior is mixed from caches, and an inversion would call it by its word: set "
+                             "encode=cached and leave inversion out")  # fmt: skip
         if self.control is not None and (self.inpainting or self.low_res is not None):
             raise ValueError("control is of a base that is not of inpainting")
         if not 0 <= self.dropout < 1:
@@ -151,7 +153,13 @@ class DiffusionRun(StageRun):
         codec = load_codec(self.codec) if self.codec is not None else Codec(pixels, PIXELS)
         codec.module.to(device)
         self.check_sizes(codec.module.config)
-        return codec, load_text_encoder(self.text, device)
+        text = load_text_encoder(self.text, device)
+        if self.unet.pooled != text.pooled:
+            raise UserError(f"unet.pooled {self.unet.pooled}: the text encoder pools {text.pooled} numbers")
+        if self.unet.sizes and codec.module.config.factor != CELL_PX:
+            raise UserError(f"unet.sizes: networks are told of them in cells of {CELL_PX} px, and the codec's have "
+                            f"{codec.module.config.factor}")  # fmt: skip
+        return codec, text
 
     def check_sizes(self, codec: CodecConfig) -> None:
         """Raise UserError where pictures or crops do not fit the grids of a codec and the U-Net."""
@@ -205,13 +213,15 @@ class DiffusionTask:
         codec, text = config.load_frozen()
         latents = config.caches_latents
         scale = config.low_res.scale if config.low_res and latents else None
-        cached_text = text if config.inversion is None else None
-        self.cache: Items
-        self.cache, self.held_out = config.caches(readers, codec if latents else None, cached_text, scale)
+        self._told = None if config.inversion is None else Told(config.inversion, text)
+        cached = (codec if latents else None, text if config.inversion is None else None, scale)
+        own, self.held_out = config.caches(readers, *cached)
+        self.cache: Items = own
         if config.prior is not None:
-            kind = Reader(replace(config.data, path=config.prior.path, split=None, limit=None))
-            prior = encode(kind, config.cache, codec if latents else None, cached_text, scale)
-            self.cache = Mixed(self.cache, prior, config.prior.share)
+            kind = replace(config.data, path=config.prior.path, split=None, caption_column=None,
+                           missing_caption="auto")  # fmt: skip
+            prior = encode(Reader(kind, shard_items=config.shard_items), config.cache, *cached)
+            self.cache = Mixed(own, prior, config.prior.share)
         self._codec, self._text, self._preview = codec, text, config.preview
         self._chosen = config.validation.chosen(self.held_out)
         shape = codec.module.config
@@ -225,14 +235,13 @@ class DiffusionTask:
             net = load_network(lambda: build_unet(config.unet, network), file)
             denoiser.net.load_state_dict(net.state_dict())
         self._control, self._tuned = config.control, tuned(config, denoiser, network, codec)
-        self._told = None if config.inversion is None else Told(config.inversion, text)
         unit = Normalisation(mean=(0.0,) * channels, std=(1.0,) * channels)
         frozen = Frozen(codec.module, unit, self.cache.null, config.dropout, config.low_res, config.upscaling,
                         config.last, config.inpainting, config.posterior, config.control, self._told)  # fmt: skip
         # what was learned before was learned of latents in that stage's own units
         same = released is not None and (config.codec is None or released.codec_digest == codec.digest)
         frozen = (replace(frozen, normalisation=released.normalisation) if released is not None and same
-                  else with_statistics(frozen, codec.digest, self.cache))  # fmt: skip
+                  else with_statistics(frozen, codec.digest, own))  # fmt: skip
         self._stage = StageConfig(
             name=config.name,
             resolution_px=config.data.size_px,
@@ -268,6 +277,7 @@ class DiffusionTask:
         assert isinstance(module, DiffusionModule)
         last = module.frozen.last
         module.teach()
+        attend_by(module, self._stage.sampling.attention, process_state().device)
         levels = [*(EVALUATION_LEVELS if last < 1 else ()), *((100,) if last else ())]
         found = errors_by_level(module.denoiser, module.frozen, self.held_out, self._chosen, levels)
         losses = {f"loss_t{level / 100:.2f}": float(errors.mean()) for level, errors in found.items()}

@@ -318,7 +318,8 @@ def build(folder: str | Path, tarballs: str | Path | None = None, more: bool = F
             sources = (*packages.SOURCES, *(s for s in packages.MORE_SOURCES if more or s.style == only))
             packages.fetch(sources, source)
             pictures, dropped = collect(source, packages.SOURCES)
-            others = [p for p in collect(source, sources)[0] if p.style not in STYLES]
+            beyond = len(sources) > len(packages.SOURCES)
+            others = [p for p in collect(source, sources)[0] if p.style not in STYLES] if beyond else []
             (partial / "SOURCES.md").write_text(packages.attribution(sources, source), encoding="utf-8")
         assign_clusters(pictures, _render_all(pictures, partial))
         assign_splits(pictures)

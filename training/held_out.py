@@ -45,7 +45,7 @@ def evaluation_inputs(cache: Items, indices: Sequence[int], frozen: Frozen, told
     small = small_pictures(cache, indices, stored, frozen)
     x0 = frozen.normalisation.apply(raw_latents(stored, small, frozen))
     if frozen.told is not None:
-        cond = frozen.told([cache.record(i)["captions"][0] if told else "" for i in indices])
+        cond = frozen.told([cache.record(i)["captions"][0] if told else None for i in indices])
     else:
         cond = cache.text([cache.captions(i)[0] for i in indices]) if told else frozen.null.expand(len(indices))
     if frozen.inpainting:

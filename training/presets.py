@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,11 +16,12 @@ from ldm.weights import read_json
 from pipelines.cascade import CascadeConfig
 from pipelines.generate import SHIPPED
 from pipelines.settings import StageConfig
-from training.data import DataConfig, Reader
+from training.data import DataConfig, Reader, Row
 from training.diffusion import DiffusionRun
 
 Preset = Literal["full", "lora", "control", "inversion", "sr"]
 PROMPTS = 4
+_HELD_OUT = ("validation", "val", "valid", "dev", "test", "combos", "held")
 PASSES, FEWEST, MOST = 40, 4_000, 40_000  # over the pictures, and images in all
 LARGE = 1024  # the width of a U-Net that is trained as Stable Diffusion's are, with small steps
 _RATES = {"lora": (2e-3, 1e-4), "inversion": (1e-2, 5e-3)}  # of a small and of a large network
@@ -46,20 +48,25 @@ def tuning(pictures: Path, preset: Preset, model: str | Path | None = None,
             apply_override(begun, item)
     own: DataConfig = parse(DataConfig, begun["data"], f"preset {preset}")
     rows = Reader(own).rows
+    own, validation = _split(own, rows)
+    begun["data"]["split"] = own.split
+    rows = rows if own.split is None else [row for row in rows if row.fields.get("split") == own.split]
     rates = _RATES.get(preset, _RATES_OF_ALL)
     images = min(max(PASSES * len(rows), FEWEST), MOST)
+    for item in overrides:  # what follows is in shares of it
+        images = int(item.partition("=")[2]) if re.fullmatch(r"loop\.images=\d+", item) else images
     data: dict[str, Any] = {
         "kind": "diffusion", "name": stage.name, "init": str(folder),
-        "data": begun["data"], "validation": {"split": own.split},
+        "data": begun["data"], "validation": {"split": validation},
         "text": to_dict(cascade.text.placed(str(folder / "text"))),
         **{part: to_dict(getattr(stage, part)) for part in ("unet", "schedule", "denoiser", "sampling")},
         "last": 0.5 if stage.sampling.steps == 1 and stage.denoiser.target != "eps" else 0.0,  # or t = 1 is hardly seen
         "low_res": None if stage.low_res is None else to_dict(stage.low_res), "inpainting": stage.inpainting,
         "preview": {"prompts": list(dict.fromkeys(c for row in rows for c in row.captions[:1]))[:PROMPTS]},
         "optim": {"lr": rates[max(stage.unet.widths) >= LARGE], "warmup_images": images // 20},
-        "ema": {"halflife_images": images // 10},
-        "loop": {"images": images, "batch": 8, "log_every_images": images // 20, "preview_every_images": images // 4,
-                 "save_every_images": images // 4},
+        "ema": {"halflife_images": max(images // 10, 1)},
+        "loop": {"images": images, "batch": 8, "log_every_images": max(images // 20, 1),
+                 "preview_every_images": max(images // 4, 1), "save_every_images": max(images // 4, 1)},
     }  # fmt: skip
     codec = read_json(folder / stage.codec / "config.json")
     pixels = codec.get("autoencoder") is None
@@ -74,6 +81,16 @@ def tuning(pictures: Path, preset: Preset, model: str | Path | None = None,
         apply_override(data, item)
     made: DiffusionRun = parse(DiffusionRun, data, f"preset {preset}")
     return made
+
+
+def _split(data: DataConfig, rows: Sequence[Row]) -> tuple[DataConfig, str | None]:
+    """The data's own split to train on and one to hold out, where it names such and nothing else is said; else every
+    so many of all is held out."""
+    named = {str(row.fields["split"]) for row in rows if row.fields.get("split") is not None}
+    held = next((name for name in _HELD_OUT if name in named), None)
+    if data.split is not None or "train" not in named or held is None:
+        return data, data.split
+    return replace(data, split="train"), held
 
 
 def _stage(folder: Path, cascade: CascadeConfig, preset: Preset) -> StageConfig:

@@ -40,7 +40,8 @@ class Mixed:
         self._sets = (own, prior)
         total = max(len(own) / (1 - share), len(prior) / share)
         self._counts = (round(total * (1 - share)), round(total * share))
-        self.key, self.manifest = own.key, own.manifest
+        self.key = own.key
+        self.manifest = {**own.manifest, "key": {**own.manifest["key"], "prior": prior.manifest["key"]}}
 
     def __len__(self) -> int:
         return sum(self._counts)

@@ -87,7 +87,9 @@ def encode(config_path: str | Path, overrides: Sequence[str] = ()) -> Cache:
     """
     config = load(RunConfig, config_path, overrides)
     with _prepared(config.loop):
-        cache = build_task(replace(with_data(config), encode="cached")).cache
+        config = replace(with_data(config), encode="cached")
+        config = replace(config, prior=None) if isinstance(config, DiffusionRun) else config
+        cache = build_task(config).cache
     assert isinstance(cache, Cache)
     return cache
 

@@ -23,9 +23,9 @@ from ldm.models.noisy_classifier import NoisyClassifier
 from ldm.models.sequence import SequenceTransformer
 from ldm.models.unet import build_unet, unet_shape
 from ldm.noise import NoiseSchedule
-from ldm.text import TextConfig, load_text_encoder
+from ldm.text import WHOLE, TextConfig, load_text_encoder
 from ldm.weights import read_json
-from training.autoencoder import AutoencoderRun
+from training.autoencoder import AutoencoderRun, hold_encoder
 from training.classifier import ClassifierRun, cross_entropies
 from training.clip import ClipRun, clip_step, unlock
 from training.diffusion import DiffusionRun
@@ -68,6 +68,8 @@ def check_shapes(config: AnyRun, config_path: Path) -> str:
 def _autoencoder(config: AutoencoderRun, config_path: Path) -> tuple[nn.Module, Tensor, list[str]]:
     with torch.device("meta"):
         codec = LatentCodec(config.codec)
+    if config.reconstruction.decoder_only:
+        hold_encoder(codec)
     crop = config.reconstruction.crop_px
     pixels = torch.randn(config.loop.batch, 3, crop, crop, device="meta")
     side = crop // config.codec.factor
@@ -181,7 +183,10 @@ def text_shape(text: TextConfig) -> tuple[int, int, bool]:
             raise UserError(f"{part.path}: no text encoder there; to check shapes without it, say its width and "
                             "max_tokens")  # fmt: skip
         found.append((part.width, part.max_tokens))
-    return max(w for w, _ in found), sum(n for _, n in found), parts[-1].kind not in ("clip", "open_clip")
+    widths, tokens = zip(*found, strict=True)
+    if text.kind == "clip_pair":  # side by side, and the pooled text as one state more
+        return sum(widths), max(tokens) + 1, False
+    return max(widths), sum(tokens), parts[-1].kind not in WHOLE
 
 
 _STEPS: dict[type, Callable[[Any, Path], tuple[nn.Module, Tensor, list[str]]]] = {

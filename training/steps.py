@@ -156,13 +156,13 @@ class Frozen:
 
 class DiffusionInputs(NamedTuple):
     """Everything a diffusion step draws: latents and noise (B, C, h, w), t (B,) float64, conditioning; captions that
-    are yet to be told, "" for the null, where a word is being learned."""
+    are yet to be told, None for the null, where a word is being learned."""
 
     x0: Tensor
     eps: Tensor
     t: Tensor
     cond: Conditioning
-    captions: tuple[str, ...] = ()
+    captions: tuple[str | None, ...] = ()
 
 
 def diffusion_inputs(batch: Batch, denoiser: Denoiser, frozen: Frozen) -> DiffusionInputs:
@@ -185,13 +185,13 @@ def diffusion_inputs(batch: Batch, denoiser: Denoiser, frozen: Frozen) -> Diffus
     rest = 1 - frozen.last  # of a batch, u spreads over [0, 1) evenly
     t = torch.where(u < rest, denoiser.draw_t((u / max(rest, 1e-9)).clamp(max=1 - 1e-9)), 1.0)
     kept = batch.uniform() >= frozen.dropout
-    strings: tuple[str, ...] = ()
+    strings: tuple[str | None, ...] = ()
     if frozen.told is None:
         text = batch.cache.text([c[k] for c, k in zip(captions, chosen, strict=True)])
         cond = text.where(kept, frozen.null)
     else:
         records, cond = [batch.cache.record(i)["captions"] for i in batch.indices], Conditioning()
-        strings = tuple(c[k] if keep else "" for c, k, keep in zip(records, chosen, kept.tolist(), strict=True))
+        strings = tuple(c[k] if keep else None for c, k, keep in zip(records, chosen, kept.tolist(), strict=True))
     if frozen.low_res is not None and small is not None:
         level = frozen.low_res.max_level * batch.uniform()
         level = torch.where(batch.uniform() >= frozen.upscaling.dropout, level, NULL_LEVEL)

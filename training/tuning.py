@@ -79,13 +79,13 @@ class Told:
 
     def __init__(self, config: InversionConfig, text: TextEncoder) -> None:
         self.config, self._text = config, text
-        self.beginning = text.lexicon.beginnings(config.begin, config.vectors)
+        self.beginning = text.beginnings(config.begin, config.vectors)
         self.learn(self.beginning)
 
     def learn(self, word: Tensor) -> None:
         """Tell the word as these embeddings from now on."""
         self._text.learn(self.config.word, word)
 
-    def __call__(self, captions: Sequence[str]) -> Conditioning:
-        """Captions, each with the word, but "" as the null; gradients reach the word's embeddings."""
-        return Conditioning(*self._text.told([caption and self.config.told(caption) for caption in captions]))
+    def __call__(self, captions: Sequence[str | None]) -> Conditioning:
+        """Captions, each with the word, and None as the null; gradients reach the word's embeddings."""
+        return Conditioning(*self._text.told(["" if c is None else self.config.told(c) for c in captions]))
