@@ -12,9 +12,10 @@ from typing import NamedTuple
 
 import numpy as np
 import pytest
+import typer
 from PIL import Image
 
-from ldm.cli import main
+from ldm.cli import app, main
 from pipelines import doctor, generate
 from pipelines.images import read_recipe
 
@@ -254,3 +255,10 @@ def test_the_network_is_blocked() -> None:
     with socket.create_server(("127.0.0.1", 0)) as server, socket.create_connection(server.getsockname()):
         pass
     assert os.environ["HF_HUB_OFFLINE"] == "1"
+
+
+def test_train_has_few_flags_and_no_new_one() -> None:
+    """What else a run can be told stands in its config."""
+    command = typer.main.get_command(app).commands["train"]  # type: ignore[attr-defined]
+    flags = sorted(name for option in command.params for name in option.opts if name.startswith("--"))
+    assert flags == ["--dry-run", "--init", "--model", "--preset", "--resume", "--run", "--set", "--shapes"]
