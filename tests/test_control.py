@@ -157,7 +157,7 @@ def test_only_the_control_network_is_trained(pictures: Path, tiny_folder: Path, 
 
 def test_what_does_not_go_together_is_refused(tiny_folder: Path, pictures: Path, tmp_path: Path) -> None:
     for wrong, reason in ((["control.kind=edges"], "say which with init"),
-                          (["control.kind=edges", "init=here", "inpainting=true"], "control is trained alone"),
+                          (["control.kind=edges", "init=here", "inpainting=true"], "control is of a base that is not"),
                           (["control.squares=0"], "squares must be from 1")):  # fmt: skip
         with pytest.raises(UserError, match=reason):
             load(RunConfig, ROOT / "configs/tiny/base.yaml", wrong)

@@ -62,7 +62,7 @@ def test_an_id_is_fetched_and_a_path_is_not(
     assert "unet/diffusion_pytorch_model.bin" in list(filter_repo_objects(files, allow_patterns=asked[1][1]))
     for path in ("sd", "sd/unet", "nothing", "a/b/c", "../a", "/tmp/nothing", "a//b"):
         located(path)
-    with pytest.raises(UserError, match="runs/sr-old: no such folder; if it is an id .*, say hf:runs/sr-old"):
+    with pytest.raises(UserError, match=r"runs/sr-old: no such folder; if it is an id .*, say hf:runs/sr-old"):
         load_cascade("runs/sr-old")
     with pytest.raises(UserError, match="an id of the Hub is hf:owner/name"):
         located("hf:nothing")

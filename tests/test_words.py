@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -166,7 +167,7 @@ def test_pictures_without_captions_are_told_by_the_word_alone(
 def test_a_run_of_a_word_resumes_bit_for_bit(pictures: Path, tiny_folder: Path, tmp_path: Path) -> None:
     config = tmp_path / "word.yaml"
     config.write_text(to_yaml(tuning(pictures, "inversion", tiny_folder, [f"cache={tmp_path / 'cache'}"])))
-    short = [word for flag, word in zip(SHORT, SHORT[1:], strict=False) if flag == "--set"]
+    short = [word for flag, word in pairwise(SHORT) if flag == "--set"]
     short += ["loop.images=64", "loop.save_every_images=32", "loop.preview_every_images=32"]
     whole = train(config, tmp_path / "whole", short)
     shutil.copytree(tmp_path / "whole", tmp_path / "parts")

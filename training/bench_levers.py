@@ -115,7 +115,7 @@ def _stratification(setup: Setup, table: Table) -> None:
     size = config.loop.batch
     loader = iter(BatchOrder(task.cache, config.seed, 0, size, size))
     pool = torch.stack([
-        own.denoiser.loss(*diffusion_inputs(next(loader), own.denoiser, own.frozen))
+        own.denoiser.loss(*diffusion_inputs(next(loader), own.denoiser, own.frozen)[:4])
         for _ in range(setup.times(POOL_ROUNDS, 8))
     ])  # fmt: skip
     generator = torch.Generator().manual_seed(config.seed)
