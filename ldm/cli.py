@@ -305,11 +305,11 @@ def upscale(
 @app.command("import")
 def import_(
     source: Annotated[
-        Path, typer.Argument(metavar="MODEL", help="A pipeline folder of diffusers, a Hub id, or a single file.")
+        Path, typer.Argument(metavar="MODEL", help="A pipeline folder of diffusers, hf:owner/name, or a single file.")
     ],
     out: Annotated[Path, typer.Argument(help="A new folder for the cascade.")],
     config: Annotated[
-        Path | None, typer.Option(help="Of a single file: a folder or Hub id of its architecture, for the configs.")
+        Path | None, typer.Option(help="Of a single file: a folder, or hf:owner/name, of its architecture, for configs.")
     ] = None,
     pickles: Annotated[
         bool, typer.Option("--pickles", help="Open pickled weights too, as tensors alone (weights_only).")
