@@ -309,7 +309,7 @@ def import_(
     ],
     out: Annotated[Path, typer.Argument(help="A new folder for the cascade.")],
     config: Annotated[
-        Path | None, typer.Option(help="Of a single file: a folder, or hf:owner/name, of its architecture, for configs.")
+        Path | None, typer.Option(help="Of a single file: a folder, or hf:owner/name, of its architecture.")
     ] = None,
     pickles: Annotated[
         bool, typer.Option("--pickles", help="Open pickled weights too, as tensors alone (weights_only).")
