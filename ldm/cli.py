@@ -155,10 +155,11 @@ def ckpt_ls(run: Annotated[Path, typer.Argument(metavar="DIR", help="A run folde
 
 @ckpt_app.command("verify")
 def ckpt_verify(run: Annotated[Path, typer.Argument(metavar="DIR", help="A run folder.")]) -> None:
-    """Read every checkpoint of a run against its manifest; exit code 1 where one is not whole."""
-    from training.checkpoint import fault, folders
+    """Read every checkpoint of a run against its manifest; exit code 1 where one is not whole, or has numbers that are
+    not finite."""
+    from training.checkpoint import fault, folders, poison
 
-    faults = {folder.name: fault(folder) for folder in folders(run)}
+    faults = {folder.name: fault(folder) or poison(folder) for folder in folders(run)}
     for name, reason in faults.items():
         typer.echo(f"{name}  {reason or 'whole'}")
     if any(faults.values()):
@@ -200,6 +201,7 @@ def generate(
     guidance: Annotated[
         float | None, typer.Option(help="Guidance of the first stage, 1 is none; default: its own.")
     ] = None,
+    size: Annotated[str, typer.Option(metavar="WxH", help="Width and height; default: the model's squares.")] = "",
     out: Annotated[Path, typer.Option(help="Folder for 0000.png, 0001.png, ... and grid.png.")] = Path("out"),
     overwrite: Overwrite = False,
     overrides: StageSet = None,
@@ -244,7 +246,7 @@ def generate(
     chosen = [name.strip() for name in stages.split(",") if name.strip()]
     networks = ModelRequest(model, chosen, None, weak, loras or (), told, embeddings or ())
     done = generate(prompts, networks, n, seed, steps, guidance, out, overwrite, overrides or (), keep_stages, best_of,
-                    clip, negative, steer, captions, tell)  # fmt: skip
+                    clip, negative, steer, captions, size, tell)  # fmt: skip
     typer.echo(str(done))
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import codecs
 import errno
 import io
+import math
 import os
 import re
 import stat
@@ -12,7 +13,7 @@ import threading
 import time
 import warnings
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple, TypeVar
@@ -22,6 +23,7 @@ import numpy.typing as npt
 from PIL import ExifTags, Image, ImageCms, ImageFile, UnidentifiedImageError
 
 Pixels = npt.NDArray[np.uint8]  # (H, W, 3), sRGB
+Shape = tuple[int, int]  # width, height
 T = TypeVar("T")
 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")
@@ -110,15 +112,17 @@ def read_layers(
     return np.array(_composited(colour, alpha, background)), None if alpha is None else np.array(alpha), notes
 
 
-def try_square(
-    source: Source | str, size_px: int, background: tuple[int, int, int], max_pixels: int
+def try_fit(
+    source: Source | str, shapes: Sequence[Shape], background: tuple[int, int, int], max_pixels: int
 ) -> tuple[Pixels, list[str]] | str:
-    """`read_image`, then `square`: pixels and notes, or the reason why not; a str is one that is known already."""
+    """`read_image`, cropped and shrunk to that of `shapes` (width, height) which is nearest to its own: pixels and
+    notes, or the reason why not; a str is one that is known already."""
     if isinstance(source, str):
         return source
     try:
         image, notes = _decode(_read(source, max_pixels), background, max_pixels)
-        return _square(image, size_px), notes
+        width, height = min(shapes, key=lambda shape: abs(math.log(shape[0] * image.height / shape[1] / image.width)))
+        return _fitted(image, width, height), notes
     except BadImage as error:
         return str(error)
 
@@ -128,19 +132,21 @@ def square(pixels: Pixels, size_px: int) -> Pixels:
 
     An odd surplus loses its extra line at the bottom or right. Raises BadImage if a side is under `size_px`.
     """
-    return _square(Image.fromarray(pixels), size_px)
+    return _fitted(Image.fromarray(pixels), size_px, size_px)
 
 
-def _square(image: Image.Image, size_px: int) -> Pixels:
-    width, height = image.size
-    side = min(height, width)
-    if side < size_px:
-        raise BadImage(f"smaller than target ({width}x{height} < {size_px})")
-    left, top = (width - side) // 2, (height - side) // 2
-    box = (left, top, left + side, top + side)
-    if side % size_px:
-        return np.array(image.crop(box).resize((size_px, size_px), Image.Resampling.LANCZOS))
-    return np.array(image.reduce(side // size_px, box))
+def _fitted(image: Image.Image, width: int, height: int) -> Pixels:
+    own_width, own_height = image.size
+    wide = min(own_width, round(own_height * width / height))
+    high = min(own_height, round(own_width * height / width))
+    if wide < width or high < height:
+        target = f"{width}" if width == height else f"{width}x{height}"
+        raise BadImage(f"smaller than target ({own_width}x{own_height} < {target})")
+    left, top = (own_width - wide) // 2, (own_height - high) // 2
+    box = (left, top, left + wide, top + high)
+    if wide % width or high % height:
+        return np.array(image.crop(box).resize((width, height), Image.Resampling.LANCZOS))
+    return np.array(image.reduce((wide // width, high // height), box))
 
 
 def _decode(data: bytes, background: tuple[int, int, int], max_pixels: int) -> tuple[Image.Image, list[str]]:

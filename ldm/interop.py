@@ -129,7 +129,7 @@ def read_autoencoder(data: Mapping[str, Any], place: str) -> tuple[AutoencoderCo
 def read_schedule(data: Mapping[str, Any], place: str) -> NoiseScheduleConfig:
     """The process of a scheduler_config.json. Raises UserError for betas that are none of ours."""
     betas = data.get("beta_schedule", "linear")
-    if betas not in BETAS or data.get("trained_betas") is not None:
+    if not isinstance(betas, str) or betas not in BETAS or data.get("trained_betas") is not None:
         raise UserError(f"{place}: beta_schedule {betas!a} (trained_betas {data.get('trained_betas')!a}) is not one of "
                         f"{', '.join(BETAS)}")  # fmt: skip
     try:
@@ -149,7 +149,7 @@ def read_scheduler(data: Mapping[str, Any], place: str) -> Scheduler:
     """
     name, notes = str(data.get("_class_name")), []
     prediction = data.get("prediction_type", "epsilon")
-    if prediction not in PREDICTIONS:
+    if not isinstance(prediction, str) or prediction not in PREDICTIONS:
         raise UserError(f"{place}: prediction_type {prediction!a} is not one of {', '.join(PREDICTIONS)}")
     if data.get("thresholding"):
         raise UserError(f"{place}: thresholding is not drawn here; set it to false")

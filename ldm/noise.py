@@ -22,6 +22,7 @@ from torch.nn.functional import logsigmoid
 from ldm.config import Config
 
 _COSINE_OFFSET = 0.008
+MAX_STEPS = 100_000  # of a table
 _MAX_BETA = 0.999
 _T_MARGIN = 1e-4
 _MAX_SIGMA = 80.0  # of edm
@@ -52,8 +53,8 @@ class NoiseScheduleConfig(Config):
     knots: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
-        if self.steps < 1:
-            raise ValueError(f"steps must be at least 1, not {self.steps}")
+        if not 1 <= self.steps <= MAX_STEPS:
+            raise ValueError(f"steps must be from 1 to {MAX_STEPS}, not {self.steps}")
         if not 0 < self.beta_start <= self.beta_end < 1:
             raise ValueError(f"betas must rise within (0, 1), not from {self.beta_start} to {self.beta_end}")
         if self.shift <= 0 or (self.shift != 1 and self.kind != "flow"):

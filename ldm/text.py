@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from ldm.config import UserError
 from ldm.lexicon import Lexicon
 from ldm.text_config import TextConfig as TextConfig
+from ldm.weights import check_size
 
 ROWS = 8  # every network call has this many rows, because other shapes give other last bits
 STEP = 4  # and a length, rounded up to a multiple of this, that depends on the caption alone
@@ -78,6 +79,7 @@ _FIELDS = (
     *("relative_attention_num_buckets", "relative_attention_max_distance", "layer_norm_epsilon"),
     "feed_forward_proj",
 )
+_LAYERS, _MAX_LAYERS = ("num_hidden_layers", "num_layers"), 1000
 
 
 @dataclass(frozen=True)
@@ -293,6 +295,9 @@ def _load_transformers(kind: str, folder: Path) -> _Parts:
     state, weight_files = _read_weights(folder, family.unused + r"|.*\.position_ids$")
     with _refusal(f"{folder}/config.json", f"no {model_class.__name__} can be built from it"):
         config = config_class(**{k: data[k] for k in _FIELDS if k in data})
+        if max(data.get(name) or 0 for name in _LAYERS) > _MAX_LAYERS:
+            raise ValueError(f"more than {_MAX_LAYERS} layers")
+        check_size(lambda: model_class(config), state)
         model, info = _build(model_class, config, state)
     faults = [
         f"{what} {key}"
@@ -315,9 +320,7 @@ def _load_transformers(kind: str, folder: Path) -> _Parts:
         return tokenizer(texts, verbose=False)["input_ids"]
 
     files = {"config.json": folder / "config.json"} | tokenizer_files | weight_files
-    limit = getattr(
-        config, "max_position_embeddings", 512
-    )  # T5 has no limit of its own, 512 is what it learnt
+    limit = getattr(config, "max_position_embeddings", 512)  # T5 has no limit of its own, 512 is what it learnt
     return _Parts(model, states, tokenize, tokenizer.pad_token_id, config.hidden_size, limit, files)
 
 

@@ -12,7 +12,7 @@ import json
 import shutil
 import struct
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -20,7 +20,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from diffusers.models.modeling_utils import ModelMixin
 from safetensors.torch import load_file, save_file
-from torch import nn
+from torch import Tensor, nn
 
 from ldm.config import Config, UserError, parse, to_dict
 from ldm.latents import CodecConfig, LatentCodec, Normalisation
@@ -126,6 +126,15 @@ def load_network(build: Callable[[], N], path: Path, renamed: Callable[[str], st
     tensors = {renamed(name): value.float() for name, value in load_file(path).items()}
     network.load_state_dict(tensors, assign=True)
     return network.eval().requires_grad_(False)
+
+
+def check_size(build: Callable[[], nn.Module], weights: Mapping[str, Tensor]) -> None:
+    """Raise ValueError where the network that `build` makes is far larger than its weights, before it is allocated."""
+    with torch.device("meta"):
+        wanted = sum(parameter.numel() for parameter in build().parameters())
+    there = sum(tensor.numel() for tensor in weights.values())
+    if wanted > 2 * there + 10**6:
+        raise ValueError(f"it asks for {wanted} parameters, and the weights have {there}")
 
 
 def check_weights_file(path: Path) -> None:

@@ -45,7 +45,7 @@ from ldm.weights import (
 )
 from ldm.words import load_words
 from pipelines.fetch import located
-from pipelines.settings import SamplingConfig, StageConfig
+from pipelines.settings import MAX_SIDE_PX, SamplingConfig, StageConfig
 from pipelines.stage import Edit, OnStep, Stage, Steering
 
 FORMAT = 1
@@ -179,6 +179,17 @@ class Cascade:
                     raise UserError(f"stage {stage.config.name}: {name} of the weaker model is another")
             stages.append(replace(stage, weak=other.denoiser))
         return replace(self, stages=stages, weak_digest=weak.digest)
+
+    def sized(self, width: int, height: int) -> Cascade:
+        """One whose last pictures are of this size, and those of the stages before it so much smaller; the first stage
+        must be a base. Raises UserError for a size that its networks cannot draw."""
+        scale = math.prod(stage.config.low_res.scale for stage in self.stages if stage.config.low_res is not None)
+        base = self.stages[0]
+        unit = base.multiple_px * scale
+        if width % unit or height % unit or not 0 < min(width, height) <= max(width, height) <= MAX_SIDE_PX:
+            raise UserError(f"--size {width}x{height}: this model draws sides that are multiples of {unit} px, up to "
+                            f"{MAX_SIDE_PX // unit * unit}")  # fmt: skip
+        return replace(self, stages=[replace(base, canvas=(width // scale, height // scale)), *self.stages[1:]])
 
     def merged(self, loras: Sequence[str]) -> Cascade:
         """With LoRAs added to its weights, each "PATH", "PATH:WEIGHT" or "STAGE=PATH:WEIGHT"; the first stage by

@@ -29,7 +29,7 @@ def doctor() -> list[str]:
     lines.append(f"cpu           {os.cpu_count()} cores, {torch.get_num_threads()} threads; float32")
     if torch.cuda.is_available():
         for index in range(torch.cuda.device_count()):
-            half = "bf16 and fp16" if torch.cuda.is_bf16_supported() else "fp16"
+            half = "bf16 and fp16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
             lines.append(f"gpu {index}         {torch.cuda.get_device_name(index)}, {half}")
     else:
         lines.append("gpu           none found")

@@ -106,9 +106,9 @@ def _index(folder: Path) -> tuple[dict[str, Any], str]:
     """model_index.json, and the class that it names."""
     index = read_json(folder / INDEX)
     kind = index.get("_class_name") if isinstance(index, dict) else None
-    if kind not in _DEFAULTS:
+    if not isinstance(kind, str) or kind not in _DEFAULTS:
         raise UserError(f"{folder / INDEX}: a {kind!a} is not read; {' and '.join(_DEFAULTS)} are")
-    return index, str(kind)
+    return index, kind
 
 
 def _text(folder: Path, index: Mapping[str, Any], kind: str, device: torch.device | str) -> TextEncoder:

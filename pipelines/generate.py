@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import secrets
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -70,7 +71,7 @@ def generate(prompts: Sequence[str], model: Model = None, n: int = 4, seed: int 
              steps: int | None = None, guidance: float | None = None, out: str | Path = "out",
              overwrite: bool = False, overrides: Sequence[str] = (), keep_stages: bool = False,
              best_of: int | None = None, clip: str | Path | None = None, negative: str = "",
-             steer: SteeringRequest | None = None, captions: bool = False,
+             steer: SteeringRequest | None = None, captions: bool = False, size: str = "",
              tell: Callable[[str], None] = lambda line: None) -> Path:  # fmt: skip
     """Write `n` pictures per prompt and grid.png into `out`; returns the grid's path.
 
@@ -79,7 +80,8 @@ def generate(prompts: Sequence[str], model: Model = None, n: int = 4, seed: int 
     "sr.steps=4". keep_stages: write each stage's picture too, as 0000-base.png. best_of: draw so many of each prompt,
     with seed, seed + 1, ..., and keep the `n` that the CLIP in the folder `clip` finds most like it, best first.
     negative: a prompt to guide away from. steer: what else guides the first stage. captions: write metadata.jsonl too,
-    with which `out` is a data set. tell: gets a line for each thing the user should know (truncation, the seed).
+    with which `out` is a data set. size: of the pictures, as 96x64, width first; squares of the model's own by default.
+    tell: gets a line for each thing the user should know (truncation, the seed).
     Raises UserError, before any work, for values out of range, a model that cannot be used, or files in the way.
     """
     candidates = n if best_of is None else best_of
@@ -93,12 +95,7 @@ def generate(prompts: Sequence[str], model: Model = None, n: int = 4, seed: int 
     kept = [stage.config.name for stage in cascade.stages[:-1]] if keep_stages else []
     names += [f"{k:04d}-{stage}.png" for k in range(len(prompts) * n) for stage in kept] + [METADATA] * captions
     check_out(out, names, overwrite)
-    side = cascade.stages[-1].config.resolution_px
-    if len(prompts) * candidates * side**2 > MAX_PIXELS:
-        raise UserError(
-            f"{len(prompts)} prompts x n {candidates} at {side} px is too much for one call; at most "
-            f"{MAX_PIXELS // side**2} pictures"
-        )
+    cascade = _sized(cascade, size, len(prompts) * candidates, steer.recipe or best_of is not None)
     sampling = cascade.sampling(steps, guidance, overrides)
     for line in notes_of(cascade, prompts, negative, sampling):
         tell(line)
@@ -126,6 +123,25 @@ def generate(prompts: Sequence[str], model: Model = None, n: int = 4, seed: int 
             rows = [{"file_name": name, "caption": prompt} for name, (prompt, _) in zip(names, asked, strict=False)]
             (out / METADATA).write_text("\n".join(map(json.dumps, rows)) + "\n", encoding="utf-8")
     return out / "grid.png"
+
+
+def _sized(cascade: Cascade, size: str, count: int, compares: object) -> Cascade:
+    """The cascade that draws this size. Raises UserError for none, one too large for `count` pictures, or one where a
+    network `compares` pictures, or is told of one, which it knows as squares."""
+    width = height = cascade.stages[-1].config.resolution_px
+    if size:
+        found = re.fullmatch(r"(\d{1,6})x(\d{1,6})", size)
+        if found is None:
+            raise UserError(f"--size {size!a}: width and height in pixels, as 96x64")
+        if compares or cascade.stages[0].control is not None:
+            raise UserError("--size: a classifier, a CLIP and a ControlNet see squares; leave it out, or them")
+        width, height = int(found[1]), int(found[2])
+        cascade = cascade.sized(width, height)
+    if count * width * height > MAX_PIXELS:
+        side = f"{width} px" if width == height else f"{width}x{height} px"
+        most = MAX_PIXELS // width // height
+        raise UserError(f"{count} pictures of {side} are too much for one call; at most {most}")
+    return cascade
 
 
 def seed_of(seed: int, tell: Callable[[str], None]) -> int:

@@ -20,6 +20,7 @@ from torch.nn.functional import pad
 
 from ldm.conditioning import Conditioning
 from ldm.config import to_dict
+from ldm.decode import Shape
 from ldm.denoiser import Denoiser, DenoiserConfig, Prediction
 from ldm.draws import Draws
 from ldm.guidance import Autoguidance, ClassifierFreeGuidance, Denoises, GuidanceInterval, Update
@@ -61,7 +62,8 @@ class Stage:
 
     tile_px: side of the tiles that larger pictures are drawn in; None is the size it was trained on. weak: a denoiser
     of the same latents, less trained or smaller, for autoguidance. control: what its denoiser's ControlNet is told,
-    (1, 3, H, W) for all pictures, or one for each of those asked for.
+    (1, 3, H, W) for all pictures, or one for each of those asked for. canvas: width and height in pixels of what a base
+    draws; None is the square that it was trained on.
     """
 
     config: StageConfig
@@ -70,6 +72,7 @@ class Stage:
     tile_px: int | None = None
     weak: Denoiser | None = None
     control: Tensor | None = None
+    canvas: Shape | None = None
 
     @property
     def device(self) -> torch.device:
@@ -90,6 +93,8 @@ class Stage:
             del found["level"]
             if sampling.guided == "text":
                 del found["guided"]
+            if self.canvas is not None:
+                found["canvas"] = list(self.canvas)
         elif self.tile_px is not None:
             found["tile_px"] = self.tile_px
         return found
@@ -100,16 +105,18 @@ class Stage:
                steer: Steering | None = None) -> Tensor:  # fmt: skip
         """Pictures (B, 3, H, W) in [-1, 1], not clipped, on the CPU, for B conditionings and seeds.
 
-        A base draws squares of `resolution_px`, or edits some, guided by `steer` too. An SR stage enlarges `low_res`
-        (B, 3, h, w) in [-1, 1] of any size; pictures larger than a tile are drawn one by one in tiles. Every network
-        call has `sampling.rows` rows, so that a picture does not depend on its companions.
+        A base draws its canvas, a square of `resolution_px` by default, or edits some, guided by `steer` too. An SR
+        stage enlarges `low_res` (B, 3, h, w) in [-1, 1] of any size; pictures larger than a tile are drawn one by one
+        in tiles. Every network call has `sampling.rows` rows, so that a picture does not depend on its companions.
         """
         for network in (self.denoiser, self.weak):
             if network is not None:
                 attend_by(network, sampling.attention, self.device)
         if self.config.low_res is None:
-            side = self.config.resolution_px // self.codec.module.config.factor
-            return self._in_rows(cond, null, seeds, sampling, (side, side), None, on_step, edit, steer)
+            width, height = self.canvas or (self.config.resolution_px, self.config.resolution_px)
+            factor = self.codec.module.config.factor
+            grid = height // factor, width // factor
+            return self._in_rows(cond, null, seeds, sampling, grid, None, on_step, edit, steer)
         if low_res is None:
             raise ValueError(f"stage {self.config.name} enlarges pictures: give some")
         (height, width), scale = low_res.shape[-2:], self.config.low_res.scale

@@ -553,7 +553,7 @@ def test_metadata(folder: Path) -> None:
     assert (read[0].pixels == _picture(seed=1)[:, 6:30]).all()
     assert reader.report.notes == {
         "no caption (empty)": 1,
-        "picture without a line in metadata.jsonl": 1,
+        "picture without a line in metadata.jsonl, such as 004.png": 1,
     }
     with pytest.raises(UserError, match=r"no split 'test'; it has train \(3\), val \(1\)\."):
         rows(_config(folder, split="test"))

@@ -148,6 +148,16 @@ def test_it_draws_as_the_stock_pipeline(
     assert np.abs(drawn - pictures).max() <= 2
 
 
+def test_it_draws_other_shapes_as_the_stock_pipeline(
+    folder: Path, stock: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    latents, pictures = theirs(stock, height=64, width=128)
+    found, drawn = ours(load_cascade(folder).sized(128, 64), monkeypatch)
+    assert latents.shape[2:] == (8, 16)
+    assert apart(found, latents) < 1e-4
+    assert np.abs(drawn - pictures).max() <= 2
+
+
 def test_it_upscales_as_the_stock_pipeline(clip: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     stock = upscaler(clip)
     stock.save_pretrained(tmp_path / "stock")

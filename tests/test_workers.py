@@ -25,7 +25,7 @@ from training.data import DataConfig, Reader
 from training.workers import Broken, Pool, Slow
 
 ROOT = Path(__file__).parent.parent
-REAL = decode.try_square
+REAL = decode.try_fit
 
 
 @pytest.fixture(autouse=True)
@@ -67,7 +67,7 @@ def process_of(_: Any) -> int:
 
 
 def treacherous(source: decode.Source | str, **options: Any) -> Any:
-    """As try_square, but for files whose name says that they hang or kill."""
+    """As try_fit, but for files whose name says that they hang or kill."""
     name = Path(source if isinstance(source, str) else source.path).name
     obey((name.partition(".")[0].partition("_")[2], ""))
     return REAL(source, **options)
@@ -272,7 +272,7 @@ def test_killed_while_reading(tmp_path: Path) -> None:
 
 
 def test_a_hanging_file_is_bad(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(reading, "try_square", treacherous)
+    monkeypatch.setattr(reading, "try_fit", treacherous)
     fill(tmp_path / "set", 12)
     os.rename(tmp_path / "set/005.png", tmp_path / "set/005_hang.png")
     config = DataConfig(path=str(tmp_path / "set"), size_px=16, max_bad=0.1, workers=2, read_timeout_s=1)
@@ -282,7 +282,7 @@ def test_a_hanging_file_is_bad(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_a_file_that_kills_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(reading, "try_square", treacherous)
+    monkeypatch.setattr(reading, "try_fit", treacherous)
     fill(tmp_path / "set", 12)
     os.rename(tmp_path / "set/005.png", tmp_path / "set/005_die.png")
     reader = Reader(DataConfig(path=str(tmp_path / "set"), size_px=16, workers=2))

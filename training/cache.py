@@ -1,12 +1,14 @@
 """The cache of what never changes in training: its format, key, manifest and the one reader.
 
     CACHE/<key>/shard-00000.safetensors  `pixels` (n, S, S, 3) uint8 or `moments` (n, 2C, h, w) float16 of block 0;
-                                         with a scale also `low_res` (n, S / scale, S / scale, 3) uint8
+                                         with a scale also `low_res` (n, S / scale, S / scale, 3) uint8; of pictures
+                                         of several shapes each flat, with zeros up to the length of a square's
     CACHE/<key>/shard-00000.json         its items (key, captions, fields), refused samples, sums; written after them
     CACHE/<key>/text-00000.safetensors   of CAPTION_BLOCK distinct captions: `states` (tokens, D) float16 end to end,
                                          `offsets` (captions + 1,) int64; caption 0 is the empty one, the null
     CACHE/<key>/text-00000.json          a digest of these captions; written after their states
-    CACHE/<key>/index.safetensors        `captions` int64 of all items, end to end; `first` (items + 1,) int64
+    CACHE/<key>/index.safetensors        `captions` int64 of all items, end to end; `first` (items + 1,) int64; of
+                                         pictures of several shapes `shapes` (items, 3) int64, of the tensors
     CACHE/<key>/manifest.json            format, key, counts, size and SHA-256 of every file, refused; written last
     CACHE/<key>/.lock                    held by the job that writes
 
@@ -17,6 +19,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from bisect import bisect_right
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
@@ -49,7 +52,7 @@ OPEN_RECORDS = 4
 @dataclass(frozen=True)
 class CacheKey:
     """What a cache depends on. codec: digest, or None for a cache of pixels; text: digest, or None; scale: of the
-    small pictures kept beside the large, or None for none."""
+    small pictures kept beside the large, or None for none; bucket_px: of pictures that keep their shape."""
 
     data: str
     size_px: int
@@ -58,6 +61,7 @@ class CacheKey:
     codec: str | None
     text: str | None
     scale: int | None = None
+    bucket_px: int | None = None
 
     @property
     def digest(self) -> str:
@@ -122,6 +126,7 @@ class Items(Protocol):
 
     manifest: dict[str, Any]
     key: CacheKey
+    shapes: Tensor | None
 
     def __len__(self) -> int: ...
 
@@ -162,6 +167,7 @@ class Cache:
             self._starts = [0, *accumulate(self.manifest["shards"])]
             index = load_file(folder / INDEX)
             self._first, self._captions = index["first"], index["captions"]
+            self.shapes = index.get("shapes")
             if not len(self._first) - 1 == self._starts[-1] == self.manifest["count"]:
                 raise ValueError("its counts disagree")
         except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
@@ -173,8 +179,18 @@ class Cache:
         return int(self.manifest["count"])
 
     def stored(self, indices: Sequence[int]) -> Tensor:
-        """The stored tensors of items, stacked: pixels (B, S, S, 3) uint8 or moments (B, 2C, h, w) float16."""
-        return self._rows("pixels" if self.key.codec is None else "moments", indices)
+        """The stored tensors of items, stacked: pixels (B, S, S, 3) uint8 or moments (B, 2C, h, w) float16.
+
+        shapes: (items, 3) of these tensors, where they differ; None for squares. Items asked for together must be of
+        one shape.
+        """
+        found = self._rows("pixels" if self.key.codec is None else "moments", indices)
+        if self.shapes is None:
+            return found
+        shape, *others = self.shapes[list(indices)].unique(dim=0).tolist()
+        if others:
+            raise ValueError(f"items of {1 + len(others)} shapes cannot be stacked")
+        return found[:, : math.prod(shape)].unflatten(1, shape)
 
     def low_res(self, indices: Sequence[int]) -> Tensor:
         """The small pictures of items, stacked: (B, s, s, 3) uint8; of a cache with a scale."""

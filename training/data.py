@@ -5,12 +5,12 @@ from __future__ import annotations
 import shlex
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from typing import Any
 
 from ldm.config import UserError
-from ldm.decode import BadImage, Pixels, read_image, square, try_square
+from ldm.decode import BadImage, Pixels, read_image, square, try_fit
 from training.rows import DataConfig, Row, shown
 from training.sources import Block, Collection, Pictures, digest_of, fingerprint, open_source
 from training.workers import DEATHS, Broken, Pool, Slow
@@ -23,7 +23,8 @@ __all__ = [
 
 @dataclass(frozen=True)
 class Example:
-    """A checked sample: `pixels` uint8 (size_px, size_px, 3) sRGB; one or more captions, maybe empty."""
+    """A checked sample: `pixels` uint8 (size_px, size_px, 3) sRGB, or (H, W, 3) of one of the data's `shapes`; one or
+    more captions, maybe empty."""
 
     pixels: Pixels
     captions: tuple[str, ...]
@@ -60,7 +61,7 @@ class Reader:
         self.config = config
         self.report = Report()
         self._collection = _usable(config, shard_items) if rows is None else Pictures(rows, shard_items, Counter())
-        read = partial(try_square, size_px=config.size_px, background=config.background, max_pixels=config.max_pixels)
+        read = partial(try_fit, shapes=config.shapes, background=config.background, max_pixels=config.max_pixels)
         self._read, self._pool = read, Pool(read, config.workers, config.read_timeout_s)
 
     @cached_property
@@ -162,10 +163,17 @@ class Reader:
         if self.total is not None and self.total < 2:
             raise UserError(f"{self.config.path}: one sample is too few: one is held out of training")
         kept, held = self._collection.hold_out(stride)
-        return self._of(kept), self._of(held)
+        return self._of(kept, self.config), self._of(held, self.config)
 
-    def _of(self, collection: Collection) -> Reader:
-        made = Reader(self.config, ())
+    def squares(self) -> Reader:
+        """The same samples, cut to squares."""
+        if self.config.bucket_px is None:
+            return self
+        return self._of(self._collection, replace(self.config, bucket_px=None))
+
+    @staticmethod
+    def _of(collection: Collection, config: DataConfig) -> Reader:
+        made = Reader(config, ())
         made._collection = collection
         return made
 

@@ -107,8 +107,12 @@ class DiffusionRun(StageRun):
     inversion: InversionConfig | None = None
     prior: PriorConfig | None = None
 
+    SHAPES = True
+
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.data.bucket_px is not None and (self.inpainting or self.low_res is not None):
+            raise ValueError("data.bucket_px is of a base that is not of inpainting: the others see squares")
         if self.inpainting and self.low_res is not None:
             raise ValueError("inpainting is of a base: a stage that enlarges is told of a small picture")
         tuned = [part for part in (self.lora, self.control, self.inversion) if part is not None]
@@ -165,7 +169,8 @@ class DiffusionRun(StageRun):
         """Raise UserError where pictures or crops do not fit the grids of a codec and the U-Net."""
         factor, crop = codec.factor, self.upscaling.crop_px
         multiple = factor * self.unet.factor
-        for name, side in (("data.size_px", self.data.size_px), ("upscaling.crop_px", crop)):
+        for name, side in (("data.size_px", self.data.size_px), ("upscaling.crop_px", crop),
+                           ("data.bucket_px", self.data.bucket_px)):  # fmt: skip
             if side is not None and side % (multiple if name != "data.size_px" or self.low_res else factor):
                 raise UserError(f"{name} {side} must be a multiple of {multiple}: {factor} px of the codec times "
                                 f"{self.unet.factor} of the U-Net's levels")  # fmt: skip

@@ -31,7 +31,7 @@ from ldm.text import TextEncoder
 from ldm.weights import Codec
 from training.cache import CAPTION_BLOCK, FORMAT, INDEX, MANIFEST, Cache, CacheKey, save_rows, shard_name, text_name
 from training.data import BadImage, Block, Example, Reader, Report, Row
-from training.encoders import LatentSums, caption_states, picture_tensors, small_pictures
+from training.encoders import LatentSums, caption_states, flat, picture_tensors, small_pictures
 from training.files import lock, sha256, sweep, write_atomically
 from training.processes import process_state
 from training.rows import shown
@@ -70,7 +70,7 @@ def cache_key(reader: Reader, codec: Codec | None, text: TextEncoder | None, sca
     config = reader.config
     return CacheKey(
         reader.fingerprint, config.size_px, config.background, config.max_pixels,
-        codec.digest if codec else None, text.digest if text else None, scale
+        codec.digest if codec else None, text.digest if text else None, scale, config.bucket_px
     )  # fmt: skip
 
 
@@ -134,6 +134,7 @@ class _Merged:
     flat: array[int] = field(default_factory=lambda: array("q"))
     first: array[int] = field(default_factory=lambda: array("q", [0]))
     counts: list[int] = field(default_factory=list)
+    shapes: list[list[int]] = field(default_factory=list)
     sums: LatentSums = field(default_factory=LatentSums)
     report: Report = field(default_factory=Report)
     files: dict[str, dict[str, Any]] = field(default_factory=dict)
@@ -197,9 +198,12 @@ class _Job:
                 for group, tensor in computed:
                     if codec is not None:
                         sums.add(tensor, number, len(items))
+                    shape = {} if self.key.bucket_px is None else {"shape": list(tensor.shape[1:])}
                     for example in group:
-                        items.append(_item(example))
+                        items.append(_item(example) | shape)
                         advance()
+                    if shape:
+                        tensor = flat(tensor, self.key.size_px, codec)
                     yield [tensor, *([small_pictures(group, self.key.scale)] if self.key.scale else [])]
 
         def facts() -> dict[str, Any]:
@@ -253,6 +257,7 @@ class _Job:
             for item in record["items"]:
                 merged.flat.extend(merged.captions.setdefault(c, len(merged.captions)) for c in item["captions"])
                 merged.first.append(len(merged.flat))
+                merged.shapes += [item["shape"]] if "shape" in item else []
         return merged
 
     def _read_part(self, stem: str, files: dict[str, dict[str, Any]]) -> dict[str, Any]:
@@ -272,6 +277,8 @@ class _Job:
             self._read_part(text_name(number), merged.files)
         index = {name: torch.tensor(values, dtype=torch.int64) for name, values in
                  (("first", merged.first), ("captions", merged.flat))}  # fmt: skip
+        if merged.shapes:
+            index["shapes"] = torch.tensor(merged.shapes)
         write_atomically(self.folder / INDEX, lambda path: save_file(index, path))
         merged.files[INDEX] = _file_facts(self.folder / INDEX)
         text = self.text

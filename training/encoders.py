@@ -10,12 +10,12 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
-from itertools import islice
 from typing import TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from ldm.config import UserError
 from ldm.draws import keyed_generator
@@ -69,7 +69,8 @@ def codec_moments(codec: LatentCodec, pixels: Tensor) -> Tensor:
 def picture_tensors(examples: Iterable[Example],
                     codec: LatentCodec | None) -> Generator[tuple[list[Example], Tensor], None, None]:  # fmt: skip
     """Pictures in groups, each with what a cache keeps of it: moments (B, 2C, h, w) float16, or without a codec
-    pixels (B, S, S, 3) uint8. Raises UserError, naming the picture, where the codec gives non-finite values."""
+    pixels (B, H, W, 3) uint8; a group is of one shape. Raises UserError, naming the picture, where the codec gives
+    non-finite values."""
 
     def compute(group: list[Example]) -> tuple[list[Example], Tensor]:
         pixels = torch.from_numpy(np.stack([example.pixels for example in group]))
@@ -82,6 +83,13 @@ def picture_tensors(examples: Iterable[Example],
                 key = shown(group[int((~finite).nonzero()[0])].key)
                 raise UserError(f"{key}: the codec gives non-finite latents for it; remove it, or train another codec")
             yield group, tensor
+
+
+def flat(tensor: Tensor, size_px: int, codec: LatentCodec | None) -> Tensor:
+    """What `picture_tensors` gives of pictures of one shape: each end to end, with zeros up to a square's length."""
+    length = 3 * size_px**2 if codec is None else tensor.shape[1] * (size_px // codec.config.factor) ** 2
+    rows = tensor.flatten(1)
+    return pad(rows, (0, length - rows.shape[1])).contiguous()
 
 
 def small_pictures(examples: Sequence[Example], scale: int) -> Tensor:
@@ -153,6 +161,11 @@ class LatentSums:
 
 
 def _groups(examples: Iterable[Example], size: int) -> Iterator[list[Example]]:
-    iterator = iter(examples)
-    while group := list(islice(iterator, size)):
-        yield group
+    """Of each shape those of `size` pictures as they fill, and what is left at the end."""
+    waiting: dict[tuple[int, ...], list[Example]] = {}
+    for example in examples:
+        group = waiting.setdefault(example.pixels.shape, [])
+        group.append(example)
+        if len(group) == size:
+            yield waiting.pop(example.pixels.shape)
+    yield from waiting.values()

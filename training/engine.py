@@ -129,6 +129,11 @@ def cpu_has_bf16() -> bool:
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
+def gpu_has_bf16() -> bool:
+    """Whether the GPU computes in bfloat16, and does not only emulate it."""
+    return torch.cuda.is_bf16_supported(including_emulation=False)
+
+
 def check_precision(config: LoopConfig, device: torch.device) -> None:
     """Refuse half precision where it is tens of times slower than single, or does not exist."""
     if config.mixed_precision == "no":
@@ -138,7 +143,7 @@ def check_precision(config: LoopConfig, device: torch.device) -> None:
             f"loop.mixed_precision: {config.mixed_precision} is refused on this CPU: it has no instructions for it, "
             "and convolutions run tens of times slower than in float32. Set loop.mixed_precision=no"
         )
-    if config.mixed_precision == "bf16" and device.type == "cuda" and not torch.cuda.is_bf16_supported():
+    if config.mixed_precision == "bf16" and device.type == "cuda" and not gpu_has_bf16():
         raise UserError("loop.mixed_precision: this GPU has no bfloat16; use fp16 or no")
 
 

@@ -9,7 +9,7 @@ import signal
 from abc import ABC, abstractmethod
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from itertools import count
 from typing import Any, NamedTuple
 
@@ -17,7 +17,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
+from ldm.config import UserError
 from ldm.draws import keyed_generator
+from training.buckets import Buckets
 from training.cache import Items
 from training.stop import SIGNALS
 
@@ -87,7 +89,8 @@ class Prepared(NamedTuple):
 @dataclass(frozen=True)
 class BatchOrder:
     """The micro-batches of `size` from image `start` of the run on, by number. Of every `stride` of them, process
-    `offset` has one; `size * stride * accumulation` must be `global_size`."""
+    `offset` has one; `size * stride * accumulation` must be `global_size`. Of pictures of several shapes, all of a
+    global batch are of one. Raises UserError where these begin amid such a batch."""
 
     cache: Items
     seed: int
@@ -97,17 +100,34 @@ class BatchOrder:
     stride: int = 1
     offset: int = 0
 
+    def __post_init__(self) -> None:
+        if self.cache.shapes is not None and self.start % self.global_size:
+            raise UserError(f"loop.batch {self.global_size}: {self.start} images were seen in batches of another size, "
+                            "and with data.bucket_px all of a batch are of one shape; set it back")  # fmt: skip
+
     def __iter__(self) -> Iterator[Batch]:
         """Endlessly."""
         return (self[number] for number in count())
 
+    @cached_property
+    def _buckets(self) -> Buckets | None:
+        return None if self.cache.shapes is None else Buckets(self.cache.shapes, self.seed, self.global_size)
+
+    def _items(self, positions: range) -> list[int]:
+        """What the run sees at these positions, which are of one global batch."""
+        if self._buckets is not None:
+            number, first = divmod(positions.start, self.global_size)
+            return self._buckets(number)[first : first + len(positions)]
+        items = len(self.cache)
+        return [int(order(self.seed, p // items, items)[p % items]) for p in positions]
+
     def __getitem__(self, number: int) -> Batch:
         """This process's batch of a number, counted from 0."""
         first = self.start + (self.offset + number * self.stride) * self.size
-        positions, items = range(first, first + self.size), len(self.cache)
+        positions = range(first, first + self.size)
         return Batch(
             self.cache,
-            [int(order(self.seed, p // items, items)[p % items]) for p in positions],
+            self._items(positions),
             [keyed_generator(self.seed, "image", p) for p in positions],
             [p % self.global_size for p in positions],
             self.global_size,

@@ -41,6 +41,10 @@ class Mixed:
         total = max(len(own) / (1 - share), len(prior) / share)
         self._counts = (round(total * (1 - share)), round(total * share))
         self.key = own.key
+        self.shapes = None
+        if own.shapes is not None and prior.shapes is not None:
+            both = torch.cat([own.shapes, prior.shapes])
+            self.shapes = both[[w * len(own) + place for w, place in map(self._place, range(len(self)))]]
         self.manifest = {**own.manifest, "key": {**own.manifest["key"], "prior": prior.manifest["key"]}}
 
     def __len__(self) -> int:

@@ -12,7 +12,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
 from ldm.config import Config, UserError
-from ldm.decode import MAX_PIXELS_LIMIT, read_regular
+from ldm.decode import MAX_PIXELS_LIMIT, Shape, read_regular
 from training.metadata import (
     CAPTION_FIELDS,
     MAX_CAPTION_BYTES,
@@ -32,6 +32,7 @@ LAYOUTS = f"""Accepted layouts:
   DIR/*.tar           WebDataset: NAME.png with NAME.txt or NAME.json, which has the keys of such a line
   DIR/*.parquet, or a folder written by datasets' save_to_disk: an image column, and such a caption column
 Pictures: {" ".join(SUFFIXES)}"""
+MAX_ASPECT = 2.5
 CONVERT = (".heic", ".heif", ".jxl", ".jp2", ".exr")
 _LITTER = ("thumbs.db", "desktop.ini", "__macosx")
 
@@ -43,7 +44,8 @@ class DataConfig(Config):
     `max_bad` is the share of bad samples above which reading fails; `limit` keeps the first samples only.
     missing_caption: what stands for one: nothing, the file's name, its folder's, or skip it; auto is the folder's where
     no picture has a caption and all lie in several folders. caption_column: where captions stand in metadata, tars and
-    tables; a likely one by default.
+    tables; a likely one by default. bucket_px: pictures keep their shape, of sides that are multiples of this and at
+    most size_px^2 pixels, up to MAX_ASPECT : 1; by default squares are cut out of them.
     `workers` processes read and decode, 0: this one does. With workers, a picture that takes over
     `read_timeout_s` seconds, again and again, is bad; without, reading waits as long as the file system does.
     """
@@ -51,6 +53,7 @@ class DataConfig(Config):
     path: str
     split: str | None = None
     size_px: int = 256
+    bucket_px: int | None = None
     background: tuple[int, int, int] = (255, 255, 255)
     max_pixels: int = 64_000_000
     max_bad: float = 0.01
@@ -65,6 +68,8 @@ class DataConfig(Config):
             raise ValueError("path must name a folder")
         if self.size_px < 8:
             raise ValueError(f"size_px must be at least 8, not {self.size_px}")
+        if self.bucket_px is not None and (self.bucket_px < 8 or self.size_px % self.bucket_px):
+            raise ValueError(f"bucket_px must be at least 8 and divide size_px {self.size_px}, not {self.bucket_px}")
         if not all(0 <= value <= 255 for value in self.background):
             raise ValueError("background must be three numbers from 0 to 255")
         if not 1 <= self.max_pixels <= MAX_PIXELS_LIMIT:
@@ -77,6 +82,16 @@ class DataConfig(Config):
             raise ValueError("workers must be from 0 to 256 processes")
         if self.read_timeout_s <= 0:
             raise ValueError("read_timeout_s must be over 0 seconds")
+
+    @property
+    def shapes(self) -> list[Shape]:
+        """(width, height) of what pictures become: for each width the greatest height within the pixels of a square."""
+        if self.bucket_px is None:
+            return [(self.size_px, self.size_px)]
+        unit, most = self.bucket_px, (self.size_px // self.bucket_px) ** 2
+        sides = [(wide, most // wide) for wide in range(1, most + 1)]
+        kept = [each for each in sides if max(each) <= MAX_ASPECT * min(each)]
+        return [(wide * unit, high * unit) for wide, high in kept]
 
     @property
     def caption_rules(self) -> tuple[str | None, ...]:
@@ -251,6 +266,8 @@ def caption_lines(name: str, data: bytes) -> tuple[str, ...]:
 
 
 def _scan_metadata(root: Path, file: str, keys: dict[str, None], config: DataConfig, scan: Scan) -> None:
+    if leads_outside(root, root / file):
+        raise UserError(f"{shown(str(root / file))}: a link that leads outside the folder; put the file itself there")
     lines = read_metadata(root / file)
     entries = [entry for _, entry, _ in lines if entry]
     column, note = _check_columns(root / file, entries, config.caption_column)
@@ -272,9 +289,9 @@ def _scan_metadata(root: Path, file: str, keys: dict[str, None], config: DataCon
             scan.rows.append(Row(root / (key or file), (), where, fields, fault))
         else:
             add_row(scan, config, Row(root / key, (), key, fields), partial(captions_of, entry, column))
-    unnamed = sum(key not in named and key.lower().endswith(SUFFIXES) for key in keys)
+    unnamed = [key for key in keys if key not in named and key.lower().endswith(SUFFIXES)]
     if unnamed:
-        scan.notes[f"picture without a line in {file}"] += unnamed
+        scan.notes[f"picture without a line in {file}, such as {shown(unnamed[0])}"] += len(unnamed)
 
 
 def _check_columns(path: Path, entries: list[dict[str, Any]], column: str | None) -> tuple[str | None, str]:

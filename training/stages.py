@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal, Self
+from typing import ClassVar, Literal, Self
 
 from ldm.config import Config
 from ldm.text import TextEncoder
@@ -41,11 +41,13 @@ class ValidationConfig(Config):
             raise ValueError(f"items must be at least 1, not {self.items}")
 
     def readers(self, data: DataConfig, shard_items: int) -> tuple[Reader, Reader]:
-        """Readers of the training items and of the held-out ones, which have none in common."""
+        """Readers of the training items and of the held-out ones, which have none in common and are squares."""
         seen = Reader(data, shard_items=shard_items)
         if self.split == data.split:
-            return seen.hold_out(self.stride)
-        return seen, Reader(replace(data, split=self.split), shard_items=shard_items)
+            seen, held = seen.hold_out(self.stride)
+        else:
+            held = Reader(replace(data, split=self.split), shard_items=shard_items)
+        return seen, held.squares()
 
     def chosen(self, held_out: Cache) -> list[int]:
         """Indices of the items to evaluate."""
@@ -73,9 +75,16 @@ class StageRun(Config):
     optim: OptimConfig = OptimConfig()
     ema: EmaConfig = EmaConfig()
 
+    SHAPES: ClassVar[bool] = False  # whether it can train on pictures that are not squares
+
     def __post_init__(self) -> None:
         if self.shard_items < 1:
             raise ValueError("shard_items must be at least 1")
+        if self.data.bucket_px is not None and not self.SHAPES:
+            raise ValueError("data.bucket_px is of a base's training: this kind of run sees squares")
+        if self.data.bucket_px is not None and (self.encode == "online" or self.loop.cuda_graphs):
+            raise ValueError("data.bucket_px sorts items of a cache into batches of several shapes: set encode=cached "
+                             "and loop.cuda_graphs=false")  # fmt: skip
 
     def shortened(self, folder: Path, rows: int) -> Self:
         """For a rehearsal: of at most `rows` items, cached in `folder`."""

@@ -173,12 +173,13 @@ def diffusion_inputs(batch: Batch, denoiser: Denoiser, frozen: Frozen) -> Diffus
     stored = batch.stored()
     small = small_pictures(batch.cache, batch.indices, stored, frozen, batch.generators)
     factor = frozen.codec.config.factor
-    side = stored.shape[1] // factor if stored.dtype == torch.uint8 else stored.shape[-1]
-    crop = _crop(batch, side, frozen)
+    pixels = stored.dtype == torch.uint8
+    height, width = (n // factor for n in stored.shape[1:3]) if pixels else stored.shape[-2:]
+    crop = _crop(batch, width, frozen)
     # of cached latents the whole is drawn: its noise must not depend on the crop
-    cells = crop.cells if stored.dtype == torch.uint8 else side
+    cells = (crop.cells, crop.cells) if pixels and crop.places else (height, width)
     drawn = frozen.codec.autoencoder is not None and frozen.posterior == "draw"
-    noise = batch.normal((frozen.codec.config.latent_channels, cells, cells)) if drawn else None
+    noise = batch.normal((frozen.codec.config.latent_channels, *cells)) if drawn else None
     x0 = frozen.normalisation.apply(raw_latents(stored, small, frozen, noise, crop))
     eps = batch.normal(tuple(x0.shape[1:]))
     u = (torch.tensor(batch.places, dtype=torch.float64) + batch.uniform()) / batch.global_size
@@ -195,7 +196,7 @@ def diffusion_inputs(batch: Batch, denoiser: Denoiser, frozen: Frozen) -> Diffus
     if frozen.low_res is not None and small is not None:
         level = frozen.low_res.max_level * batch.uniform()
         level = torch.where(batch.uniform() >= frozen.upscaling.dropout, level, NULL_LEVEL)
-        added = batch.normal((frozen.low_res.channels(factor), side, side))
+        added = batch.normal((frozen.low_res.channels(factor), height, width))
         seen = condition_pictures(small, level, added, frozen)
         cond = cond.join(Conditioning(low_res=crop(seen), level=level))
     if frozen.inpainting:

@@ -275,6 +275,8 @@ class _ParquetPictures:
 
 
 def _parquet(path: Path) -> pq.ParquetFile:
+    if not path.is_file():
+        raise OSError("no regular file")  # opening a pipe would wait for what it may never get
     # buffered and without reading ahead: else a whole row group of pictures would be held
     return pq.ParquetFile(path, buffer_size=2**20, pre_buffer=False)
 

@@ -61,7 +61,7 @@ def build_clip(config: ClipConfig, text: Path) -> Any:
     from open_clip.model import CustomTextCLIP  # takes seconds
     from transformers import AutoConfig
 
-    width = AutoConfig.from_pretrained(text, local_files_only=True).hidden_size
+    width = AutoConfig.from_pretrained(text, local_files_only=True, trust_remote_code=False).hidden_size
     settings = clip_settings(config, width, str(text))
     return CustomTextCLIP(width, settings["vision_cfg"], settings["text_cfg"])
 
