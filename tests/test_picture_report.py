@@ -85,6 +85,9 @@ def test_a_judge_of_more_designs_tells_apart_those_of_the_data(tmp_path: Path) -
     logits, all_logits = (classify(j, pictures)["style"] for j in (narrow, load_classifier(tmp_path)))
     assert torch.equal(logits, all_logits[:, [1, 3]])
     assert verdicts(narrow, pictures, wanted)["style"].tolist() == [0, 1]
+    one = judging.load_judge(tmp_path, wanted[:1], {"noto"})  # among one it could not be wrong
+    assert len(one.classes["style"]) == 4
+    assert verdicts(one, pictures, wanted)["style"].tolist() == [0, 0]
 
 
 def test_prompts_are_captions_that_name_the_style() -> None:

@@ -59,13 +59,14 @@ def asked_of(rows: Sequence[Any], captions: bool = True) -> list[Asked]:
 
 
 def load_judge(folder: str | Path, asked: Sequence[Asked], styles: Collection[str]) -> Classifier:
-    """A judge that has to tell apart the styles of this data set alone, of however many designs it was trained on."""
+    """A judge that has to tell apart the styles of this data set alone, of however many it was trained on; all of
+    these where the set has one style, which it could not miss."""
     judge = load_classifier(folder)
     check_judge(judge, asked)
     keep = [k for k, name in enumerate(judge.classes[STYLE]) if name in styles]
     old = judge.heads[STYLE]
     assert isinstance(old, nn.Linear)
-    if keep:
+    if len(keep) > 1:
         head = nn.Linear(old.in_features, len(keep))
         head.load_state_dict({"weight": old.weight[keep], "bias": old.bias[keep]})
         judge.heads[STYLE] = head.to(old.weight).requires_grad_(False)
