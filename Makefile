@@ -19,8 +19,9 @@ lint: $(VENV)/.installed
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
+# a process for each core, of one thread each
 test: lint
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical
 
 # about ten minutes; best on a machine that does nothing else
 bench: $(VENV)/.installed

@@ -140,7 +140,7 @@ def _sized(cascade: Cascade, size: str, count: int, compares: object) -> Cascade
     if count * width * height > MAX_PIXELS:
         side = f"{width} px" if width == height else f"{width}x{height} px"
         most = MAX_PIXELS // width // height
-        raise UserError(f"{count} pictures of {side} are too much for one call; at most {most}")
+        raise UserError(f"{count} pictures of {side} are too much for one call; at most {most} pictures")
     return cascade
 
 

@@ -28,7 +28,7 @@ from training.data import DataConfig, Reader
 from training.encode import encode
 from training.encoders import codec_moments
 from training.loader import BatchOrder
-from training.presets import tuning
+from training.presets import Preset, tuning
 from training.run import train
 from training.steps import DiffusionInputs, StepResult
 from training.stop import Interrupted
@@ -215,3 +215,12 @@ def test_a_size_that_cannot_be_is_told(tiny_folder: Path, tmp_path: Path, size: 
     with pytest.raises(UserError, match=reason):
         generate(["a red face"], tiny_folder, n=1, size=size, out=tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("preset", ["lora", "control"])
+def test_what_is_tuned_takes_shapes_too(
+    album: Path, tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, preset: Preset
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    final = train(album, tmp_path / "run", [BUCKET, *SHORT[1::2], "loop.batch=4"], preset=preset, model=tiny_folder)
+    assert any(final.rglob("*.safetensors"))

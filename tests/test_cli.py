@@ -155,7 +155,7 @@ def test_a_random_seed_is_shown_and_recorded(ldm: Ldm, tiny_folder: Path) -> Non
         (["--n", "0"], "from 1 to 10000"),
         (["--n", "1000000000"], "from 1 to 10000"),
         (["--n", "1e9"], "valid integer"),
-        (["--size", "64x64"], "No such option"),
+        (["--sides", "64x64"], "No such option"),
         (["--model", "no/such/folder"], "no such file"),
         (["--model", "\x1b[31m/folder"], "no such file"),
         (["--out", "/dev/null"], "is a file, not a folder"),

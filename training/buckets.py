@@ -21,7 +21,7 @@ class Buckets:
 
     def __init__(self, shapes: Tensor, seed: int, batch: int) -> None:
         """shapes: (items, 3) of the items' tensors; batch: items of a global batch, which is of one bucket."""
-        found, which = shapes.unique(dim=0, return_inverse=True)
+        found, which = torch.unique(shapes, dim=0, return_inverse=True)
         self.items = [(which == number).nonzero().flatten() for number in range(len(found))]
         self._seed, self._batch, self._total = seed, batch, len(shapes)
         self._order = lru_cache(KEPT_ORDERS)(self._order_now)

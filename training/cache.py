@@ -187,10 +187,10 @@ class Cache:
         found = self._rows("pixels" if self.key.codec is None else "moments", indices)
         if self.shapes is None:
             return found
-        shape, *others = self.shapes[list(indices)].unique(dim=0).tolist()
+        shape, *others = torch.unique(self.shapes[list(indices)], dim=0).tolist()
         if others:
             raise ValueError(f"items of {1 + len(others)} shapes cannot be stacked")
-        return found[:, : math.prod(shape)].unflatten(1, shape)
+        return found[:, : math.prod(shape)].reshape(len(found), *shape)
 
     def low_res(self, indices: Sequence[int]) -> Tensor:
         """The small pictures of items, stacked: (B, s, s, 3) uint8; of a cache with a scale."""

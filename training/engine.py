@@ -131,7 +131,7 @@ def cpu_has_bf16() -> bool:
 
 def gpu_has_bf16() -> bool:
     """Whether the GPU computes in bfloat16, and does not only emulate it."""
-    return torch.cuda.is_bf16_supported(including_emulation=False)
+    return bool(torch.cuda.is_bf16_supported(including_emulation=False))
 
 
 def check_precision(config: LoopConfig, device: torch.device) -> None:

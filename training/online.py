@@ -44,7 +44,7 @@ class Online:
     def __init__(self, reader: Reader, codec: Codec | None = None, text: TextEncoder | None = None,
                  scale: int | None = None) -> None:  # fmt: skip
         self.key = cache_key(reader, codec, text, scale)
-        self.shapes = None
+        self.shapes: Tensor | None = None
         self._reader, self._codec, self._text = reader, codec, text
         self._rows, self._blocks = [], []
         self._report = Report()

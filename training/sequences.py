@@ -120,6 +120,7 @@ class Sequences:
     def __init__(self, config: SequencesRun) -> None:
         drawn = Mixture(config.mixture).draw(keyed_generator(config.seed, "sequences"), config.items)
         self.items = drawn.float()
+        self.shapes: Tensor | None = None
         self.manifest: dict[str, Any] = {
             "key": {"mixture": to_dict(config.mixture), "items": config.items, "seed": config.seed}
         }
