@@ -26,7 +26,7 @@ from ldm.conditioning import Conditioning
 from ldm.config import Config, UserError, apply_override, parse, to_dict
 from ldm.denoiser import Denoiser
 from ldm.latents import ENCODER
-from ldm.lora import merge_lora
+from ldm.lora import PREFIX, merge_lora, text_networks
 from ldm.models.unet import build_unet
 from ldm.noise import NoiseSchedule
 from ldm.text import TextConfig, TextEncoder, load_text_encoder
@@ -192,8 +192,9 @@ class Cascade:
         return replace(self, stages=[replace(base, canvas=(width // scale, height // scale)), *self.stages[1:]])
 
     def merged(self, loras: Sequence[str]) -> Cascade:
-        """With LoRAs added to its weights, each "PATH", "PATH:WEIGHT" or "STAGE=PATH:WEIGHT"; the first stage by
-        default, and 1. The networks are changed in place. Raises UserError where one does not fit, or is none."""
+        """With LoRAs added to a stage's weights, and the text encoder's, each "PATH", "PATH:WEIGHT" or
+        "STAGE=PATH:WEIGHT"; the first stage by default, and 1. The networks are changed in place. Raises UserError
+        where one does not fit, or is none."""
         found = self
         for item in loras:
             head, sign, rest = item.partition("=")
@@ -206,7 +207,8 @@ class Cascade:
             if not math.isfinite(weight):
                 raise UserError(f"--lora {item!a}: the weight must be a number")
             stage = self.only(head).stages[0] if named else self.stages[0]
-            told = f"{stage.config.name} {merge_lora(stage.denoiser.net, Path(path), weight)} {weight!r}"
+            networks = {PREFIX: stage.denoiser.net, **text_networks(found.text.module)}
+            told = f"{stage.config.name} {merge_lora(networks, Path(path), weight)} {weight!r}"
             found = replace(found, digest=hashlib.sha256(f"{found.digest} {told}".encode()).hexdigest())
         return found
 

@@ -144,7 +144,7 @@ def test_a_run_on_several_shapes_resumes_bit_for_bit(
         return real(denoiser, inputs)
 
     monkeypatch.setattr(diffusion, "diffusion_step", step)
-    more = [BUCKET, *SHORT[1::2], "loop.batch=4", "loop.images=48"]
+    more = [BUCKET, *SHORT[1::2], "loop.batch=4", "loop.images=48", "loop.memory_format=contiguous"]
 
     def run(name: str) -> Path:
         return train(album, tmp_path / name, more, preset="full", model=tiny_folder)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +17,19 @@ from typer.testing import CliRunner
 
 from ldm.cli import app
 from ldm.config import UserError, load
-from ldm.lora import LORA_FILE, LoraConfig, add_lora, merge_lora, save_lora
+from ldm.lora import LORA_FILE, PREFIX, LoraConfig, add_lora, merge_lora, save_lora
+from ldm.text import TextConfig, load_text_encoder
 from pipelines.cascade import load_cascade
 from pipelines.foreign import load_pipeline
 from tests.test_foreign import SCHEDULERS, SD1, apart, halved, ours, stable_diffusion, theirs
 from tests.test_presets import SHORT, pictures
 from tests.tiny import ROOT
-from tests.tiny_text import tiny_clip
+from tests.tiny_text import TINY, tiny_clip
+from training import loop
+from training.run import train
+from training.stop import Interrupted
 from training.tasks import RunConfig, build_task
+from training.tuning import told_by
 
 __all__ = ["pictures"]
 
@@ -39,7 +46,7 @@ def changed(network: Any, config: LoraConfig, folder: Path) -> Path:
                 parameter.copy_((torch.randn(parameter.shape, generator=generator) * 0.2).half())
             elif ".lora_A." in name:
                 parameter.copy_(parameter.half())
-    save_lora(copy, config, folder)
+    save_lora({PREFIX: copy}, config, folder)
     return folder
 
 
@@ -144,9 +151,9 @@ def test_a_recorded_alpha_is_read(folder: Path, tmp_path: Path) -> None:
         before = weight.clone()
         if metadata is not None and "unet.lora_alpha" not in metadata:
             with pytest.raises(UserError, match="are not read"):
-                merge_lora(net, file, 1.0)
+                merge_lora({PREFIX: net}, file, 1.0)
             continue
-        merge_lora(net, file, 1.0)
+        merge_lora({PREFIX: net}, file, 1.0)
         moved.append(weight - before)
     torch.testing.assert_close(moved[1], moved[0] / 2)
 
@@ -157,7 +164,7 @@ def test_what_does_not_fit_is_refused_by_name(folder: Path, tiny_folder: Path, t
     tensors = load_file(file)
     first = next(name for name in tensors if "lora_A" in name)
     cases = {
-        "other layouts and text encoders' are not read": {"lora_unet_down_blocks_0.lora_down.weight": torch.ones(2, 2)},
+        "other layouts are not read": {"lora_unet_down_blocks_0.lora_down.weight": torch.ones(2, 2)},
         "this network has no such layer": {first.replace("down_blocks", "sideways"): tensors[first]},
         "lora_A and lora_B go together": {first: tensors[first]},
         "which is no matrix": {first: torch.ones(3)},
@@ -167,14 +174,92 @@ def test_what_does_not_fit_is_refused_by_name(folder: Path, tiny_folder: Path, t
         wrong = tmp_path / "wrong.safetensors"
         save_file(state, wrong)
         with pytest.raises(UserError, match=reason):
-            merge_lora(net, wrong, 1.0)
+            merge_lora({PREFIX: net}, wrong, 1.0)
     with pytest.raises(UserError, match="no such file"):
-        merge_lora(net, tmp_path / "nothing.safetensors", 1.0)
+        merge_lora({PREFIX: net}, tmp_path / "nothing.safetensors", 1.0)
     shutil.copyfile(file, tmp_path / "lora.bin")
     with pytest.raises(UserError, match="pickled weights can run code"):
-        merge_lora(net, tmp_path / "lora.bin", 1.0)
+        merge_lora({PREFIX: net}, tmp_path / "lora.bin", 1.0)
     cascade = load_cascade(tiny_folder)
     with pytest.raises(UserError, match="no stage is named 'other'"):
         cascade.merged([f"other={file}:1"])
     with pytest.raises(UserError, match="the weight must be a number"):
         cascade.merged([f"{file}:nan"])
+
+
+def test_a_text_encoders_lora_is_trained_and_stock_pipelines_load_it(
+    folder: Path, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    cascade = load_pipeline(folder)
+    cascade.save(tmp_path / "own")
+    words = ["train", str(pictures), "--preset", "lora", "--model", str(tmp_path / "own"), *SHORT, "--set",
+             "lora.rank=2", "--set", "lora.text=true", "--set", "optim.lr=0.05", "--set", "loop.images=48"]  # fmt: skip
+    done = CliRunner().invoke(app, words)
+    assert done.exit_code == 0, done.output
+    final = Path(done.output.splitlines()[-1]).absolute()
+    names = {name.partition(".")[0] for name in load_file(final / LORA_FILE)}
+    assert names == {"unet", "text_encoder"}
+    plain, _ = ours(load_pipeline(folder), monkeypatch)
+    merged = load_pipeline(folder).merged([f"{final}:0.7"])
+    found, drawn = ours(merged, monkeypatch)
+    pipeline = stock(folder)
+    pipeline.load_lora_weights(final)
+    latents, pictures_ = theirs(pipeline, cross_attention_kwargs={"scale": 0.7})
+    assert apart(found, latents) < 1e-4
+    assert abs(drawn - pictures_).max() <= 2
+    assert apart(plain, latents) > 1e-3
+    text = load_pipeline(folder).text.encode(["a red cat"])[0]
+    assert apart(merged.text.encode(["a red cat"])[0], text) > 1e-3  # else the U-Net's alone would do
+
+
+@pytest.mark.parametrize("kind", ["bert", "t5", "clip"])
+def test_every_kind_of_text_encoder_learns(kind: str, tmp_path: Path) -> None:
+    text = load_text_encoder(TextConfig(kind, str(TINY[kind](tmp_path / kind))))
+    before = text.encode(["a red cat"])[0]
+    told = told_by(parse_run(["lora.text=true", "init=somewhere"]), text)
+    assert told is not None
+    assert torch.equal(told(["a red cat"]).text, before)
+    learned = {name: torch.nn.Parameter(value) for name, value in told.beginning.items()}
+    told.learn(learned)
+    told(["a red cat"]).text.square().sum().backward()
+    assert all(value.grad is not None for value in learned.values())
+    assert any(bool(value.grad.any()) for value in learned.values() if value.grad is not None)
+    told.learn({name: value + 0.1 for name, value in learned.items()})
+    assert apart(told(["a red cat"]).text.detach(), before) > 1e-3
+    told.learn(learned)
+    assert torch.equal(told(["a red cat"]).text, before)
+
+
+def parse_run(overrides: list[str]) -> Any:
+    return load(RunConfig, ROOT / "configs/tiny/base.yaml", overrides)
+
+
+def test_an_interrupted_run_with_a_text_encoder_ends_the_same(
+    pictures: Path, tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    more = [f"cache={tmp_path / 'cache'}", *SHORT[1::2], "lora.rank=2", "lora.text=true", "loop.images=32",
+            "loop.memory_format=contiguous"]  # fmt: skip
+    straight = train(pictures, tmp_path / "straight", more, preset="lora", model=tiny_folder)
+    real, count = loop._step, 0
+
+    def step(*args: Any) -> Any:
+        nonlocal count
+        count += 1
+        if count == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return real(*args)
+
+    monkeypatch.setattr(loop, "_step", step)
+    with pytest.raises(Interrupted):
+        train(pictures, tmp_path / "run", more, preset="lora", model=tiny_folder)
+    halved_ = train(pictures, tmp_path / "run", more, preset="lora", model=tiny_folder)
+    a, b = (load_file(path / LORA_FILE) for path in (straight, halved_))
+    assert a.keys() == b.keys()
+    assert [name for name in a if not torch.equal(a[name], b[name])] == []
+
+
+def test_several_text_encoders_and_open_clips_are_refused(tmp_path: Path) -> None:
+    text = load_text_encoder(TextConfig("open_clip", str(TINY["open_clip"](tmp_path / "oc"))))
+    with pytest.raises(UserError, match="this text encoder takes no LoRA"):
+        told_by(parse_run(["lora.text=true", "init=somewhere"]), text)

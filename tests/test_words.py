@@ -152,10 +152,9 @@ def test_pictures_without_captions_are_told_by_the_word_alone(
     task = build_task(tuning(pictures, "inversion", tiny_folder, [f"cache={tmp_path}", "dropout=0.5"]))
     module, cache = task.module, task.cache
     assert isinstance(module, DiffusionModule)
-    assert module.word is not None
     module(module.prepare(BatchOrder(cache, 0, 0, 4, 4)[0])).losses[0].backward()
-    assert module.word.grad is not None
-    assert bool(module.word.grad.any(1).all())
+    assert module.text["word"].grad is not None
+    assert bool(module.text["word"].grad.any(1).all())
     told = module.frozen.told
     assert told is not None
     found, alone, null = told(["", "my pictures", None]).text, told(["my pictures"]).text, told([None]).text
@@ -179,7 +178,7 @@ def test_a_run_of_a_word_resumes_bit_for_bit(pictures: Path, tiny_folder: Path, 
 
 def test_only_the_word_is_trained(tiny_folder: Path, pictures: Path, tmp_path: Path) -> None:
     task = build_task(tuning(pictures, "inversion", tiny_folder, [f"cache={tmp_path}"]))
-    assert [name for name, parameter in task.module.named_parameters() if parameter.requires_grad] == ["word"]
+    assert [name for name, parameter in task.module.named_parameters() if parameter.requires_grad] == ["text.word"]
     with pytest.raises(UserError, match="of a network that has learned: say which with init"):
         load(RunConfig, ROOT / "configs/tiny/base.yaml", ["inversion.word=zorp"])
     with pytest.raises(UserError, match="one at a time"):

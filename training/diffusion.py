@@ -47,7 +47,7 @@ from training.steps import (
     planes,
     small_pictures,
 )
-from training.tuning import Told, tuned
+from training.tuning import told_by, tuned
 
 PIXELS = "pixels"  # as a codec's digest
 
@@ -185,7 +185,8 @@ class DiffusionModule(StepModule):
         super().__init__()
         self.denoiser = denoiser
         self.frozen = frozen  # no module: its codec is neither trained nor saved
-        self.word = None if frozen.told is None else nn.Parameter(frozen.told.beginning)
+        beginning = {} if frozen.told is None else frozen.told.beginning
+        self.text = nn.ParameterDict({name.replace(".", "/"): nn.Parameter(v) for name, v in beginning.items()})
         encodes = frozen.inpainting or frozen.low_res is not None or frozen.control is not None
         self.ahead = frozen.codec.autoencoder is None or not encodes
 
@@ -194,9 +195,9 @@ class DiffusionModule(StepModule):
         return [self.denoiser.net]
 
     def teach(self) -> None:
-        """Let the text encoder tell the word, if one is being learned, as these weights have it."""
-        if self.frozen.told is not None and self.word is not None:
-            self.frozen.told.learn(self.word)
+        """Let the text encoder tell captions as these weights have it, if that is being learned."""
+        if self.frozen.told is not None:
+            self.frozen.told.learn({name.replace("/", "."): value for name, value in self.text.items()})
 
     def prepare(self, batch: Batch) -> DiffusionInputs:
         return diffusion_inputs(batch, self.denoiser, self.frozen)
@@ -218,8 +219,8 @@ class DiffusionTask:
         codec, text = config.load_frozen()
         latents = config.caches_latents
         scale = config.low_res.scale if config.low_res and latents else None
-        self._told = None if config.inversion is None else Told(config.inversion, text)
-        cached = (codec if latents else None, text if config.inversion is None else None, scale)
+        self._told = told_by(config, text)
+        cached = (codec if latents else None, text if self._told is None else None, scale)
         own, self.held_out = config.caches(readers, *cached)
         self.cache: Items = own
         if config.prior is not None:
@@ -239,7 +240,7 @@ class DiffusionTask:
             file, released = _unet_file(Path(config.init), config.name), _released(Path(config.init), config.name)
             net = load_network(lambda: build_unet(config.unet, network), file)
             denoiser.net.load_state_dict(net.state_dict())
-        self._control, self._tuned = config.control, tuned(config, denoiser, network, codec)
+        self._control, self._tuned = config.control, tuned(config, denoiser, network, codec, text)
         unit = Normalisation(mean=(0.0,) * channels, std=(1.0,) * channels)
         frozen = Frozen(codec.module, unit, self.cache.null, config.dropout, config.low_res, config.upscaling,
                         config.last, config.inpainting, config.posterior, config.control, self._told)  # fmt: skip
@@ -295,7 +296,7 @@ class DiffusionTask:
             return
         if self._stage.low_res is None:
             prompts = self._preview.prompts
-            prompts = prompts if self._told is None else tuple(map(self._told.config.told, prompts))
+            prompts = prompts if self._told is None else tuple(map(self._told.caption, prompts))
             if prompts:
                 seeds = [seed + i for i in range(columns)] * len(prompts)
                 pictures = cascade([p for p in prompts for _ in range(columns)], seeds)

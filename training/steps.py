@@ -134,7 +134,7 @@ class Frozen:
     last: the share of items trained at t = 1 alone, where a network sees noise only and learns the mean of what it is
     asked for; with a share of 1, one step draws that. inpainting: whether the network is told what is known.
     posterior: whether latents are draws of the codec's posterior or its means. control: what a ControlNet is told.
-    told: tells captions while a word is learned, in place of the states that a cache holds.
+    told: tells captions while a word, or a LoRA of the text encoder, is learned; else a cache holds their states.
     """
 
     codec: LatentCodec
@@ -156,7 +156,7 @@ class Frozen:
 
 class DiffusionInputs(NamedTuple):
     """Everything a diffusion step draws: latents and noise (B, C, h, w), t (B,) float64, conditioning; captions that
-    are yet to be told, None for the null, where a word is being learned."""
+    are yet to be told, None for the null."""
 
     x0: Tensor
     eps: Tensor
