@@ -484,6 +484,8 @@ def test_missing_captions(folder: Path) -> None:
     assert len(list(reader)) == 2
     assert reader.report.bad == []  # asked for, so it does not count
     assert reader.report.notes == {"no caption (skip)": 1}
+    with pytest.raises(UserError, match=r"red_cat-big\.png: has no caption, and data\.missing_caption is fail"):
+        rows(_config(folder, missing_caption="fail"))
 
 
 def test_nested_folders_and_litter(folder: Path) -> None:

@@ -42,10 +42,10 @@ class DataConfig(Config):
     """A folder of pictures with captions, and what to do with the samples that are not fit.
 
     `max_bad` is the share of bad samples above which reading fails; `limit` keeps the first samples only.
-    missing_caption: what stands for one: nothing, the file's name, its folder's, or skip it; auto is the folder's where
-    no picture has a caption and all lie in several folders. caption_column: where captions stand in metadata, tars and
-    tables; a likely one by default. bucket_px: pictures keep their shape, of sides that are multiples of this and at
-    most size_px^2 pixels, up to MAX_ASPECT : 1; by default squares are cut out of them.
+    missing_caption: what stands for one: nothing, the file's name, its folder's, or skip it, or fail; auto is the
+    folder's where no picture has a caption and all lie in several folders. caption_column: where captions stand in
+    metadata, tars and tables; a likely one by default. bucket_px: pictures keep their shape, of sides that are
+    multiples of this and at most size_px^2 pixels, up to MAX_ASPECT : 1; by default squares are cut out of them.
     `workers` processes read and decode, 0: this one does. With workers, a picture that takes over
     `read_timeout_s` seconds, again and again, is bad; without, reading waits as long as the file system does.
     """
@@ -57,7 +57,7 @@ class DataConfig(Config):
     background: tuple[int, int, int] = (255, 255, 255)
     max_pixels: int = 64_000_000
     max_bad: float = 0.01
-    missing_caption: Literal["auto", "empty", "filename", "folder", "skip"] = "auto"
+    missing_caption: Literal["auto", "empty", "filename", "folder", "skip", "fail"] = "auto"
     caption_column: str | None = None
     limit: int | None = None
     workers: int = 0
@@ -190,6 +190,9 @@ def add_row(scan: Scan, config: DataConfig, row: Row, read: Callable[[], tuple[s
         return
     if captions is None:
         policy = "empty" if config.missing_caption == "auto" else config.missing_caption
+        if policy == "fail":
+            raise UserError(f"{shown(row.key)}: has no caption, and data.missing_caption is fail; write one, or set "
+                            "another policy")  # fmt: skip
         scan.notes[f"no caption ({policy})"] += 1
         if policy == "skip":
             return
