@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -25,14 +26,19 @@ class CodecConfig(Config):
     """Space-to-depth by `unshuffle`, then an autoencoder, or none for stages that work on pixels. grey: pictures are
     one channel, the mean of their three, and come back grey. fold: so many of the autoencoder's cells along each side
     make one cell of the latents, with fold^2 times its channels: the same numbers on a smaller grid, for a cheaper
-    denoiser; it can be changed after training."""
+    denoiser; it can be changed after training. noise: the deviation of the posterior in all channels, whose means then
+    have mean square 1 in each cell; None lets the encoder choose both, and it may say much in few channels, to a
+    precision that a denoiser has to meet there."""
 
     unshuffle: int = 4
     autoencoder: AutoencoderConfig | None = AutoencoderConfig()
     grey: bool = False
     fold: int = 1
+    noise: float | None = None
 
     def __post_init__(self) -> None:
+        if self.noise is not None and (self.autoencoder is None or not 0 < self.noise <= 2):
+            raise ValueError(f"noise must be above 0 and at most 2, and null without an autoencoder, not {self.noise}")
         if self.unshuffle not in (1, 2, 4, 8):
             raise ValueError(f"unshuffle must be 1, 2, 4 or 8, not {self.unshuffle}")
         if self.fold not in (1, 2, 4) or (self.fold > 1 and self.autoencoder is None):
@@ -122,6 +128,9 @@ class LatentCodec(nn.Module):
         parameters = self.autoencoder.encode(squares).latent_dist.parameters
         mean, log_variance = parameters.chunk(2, dim=1)
         bounded = log_variance.clamp(*LOG_VARIANCE_RANGE)
+        if self.config.noise is not None:
+            mean = mean * (mean.square().mean(1, keepdim=True) + 1e-6).rsqrt()
+            bounded = torch.full_like(mean, 2 * math.log(self.config.noise))
         return torch.cat([pixel_unshuffle(m, self.config.fold) for m in (mean, bounded)], dim=1)
 
     def decode(self, raw: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch.distributions import Normal, kl_divergence
-from torch.nn.functional import pixel_unshuffle
+from torch.nn.functional import pixel_shuffle, pixel_unshuffle
 
 from ldm.conditioning import Conditioning
 from ldm.latents import (
@@ -79,6 +79,27 @@ def test_a_fold_that_cannot_be_is_refused(fold: int, autoencoder: AutoencoderCon
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("fold", [1, 2])
+@torch.no_grad()
+def test_fixed_noise_has_means_of_one_length_and_one_deviation(fold: int) -> None:
+    free = codec_of(2, 2)
+    fixed = LatentCodec(replace(free.config, noise=0.35, fold=fold)).eval()
+    fixed.load_state_dict(free.state_dict())
+    pixels = torch.rand(2, 3, 16, 24, generator=generator()) * 2 - 1
+    mean, log_variance = fixed.encode(pixels).chunk(2, 1)
+    torch.testing.assert_close((0.5 * log_variance).exp(), torch.full_like(mean, 0.35))
+    cells = pixel_shuffle(mean, fold)
+    torch.testing.assert_close(cells.norm(dim=1), torch.full_like(cells[:, 0], 2**0.5), rtol=1e-3, atol=0)
+    theirs = free.encode(pixels).chunk(2, 1)[0]
+    torch.testing.assert_close(torch.cosine_similarity(cells, theirs), torch.ones_like(cells[:, 0]))
+
+
+@pytest.mark.parametrize(("noise", "autoencoder"), [(0.0, AutoencoderConfig()), (3.0, AutoencoderConfig()), (0.3, None)])
+def test_a_noise_that_cannot_be_is_refused(noise: float, autoencoder: AutoencoderConfig | None) -> None:
+    with pytest.raises(ValueError, match="noise must be above 0 and at most 2"):
+        CodecConfig(autoencoder=autoencoder, noise=noise)
+
+
 def test_log_variance_is_bounded() -> None:
     codec = codec_of(1, 1)
     codec.autoencoder.encoder.conv_out.bias[2:] = torch.tensor([1e4, -1e4])
