@@ -78,7 +78,6 @@ def test_a_fold_that_cannot_be_is_refused(fold: int, autoencoder: AutoencoderCon
         CodecConfig(autoencoder=autoencoder, fold=fold)
 
 
-@torch.no_grad()
 @pytest.mark.parametrize("fold", [1, 2])
 @torch.no_grad()
 def test_fixed_noise_has_means_of_one_length_and_one_deviation(fold: int) -> None:
@@ -94,12 +93,15 @@ def test_fixed_noise_has_means_of_one_length_and_one_deviation(fold: int) -> Non
     torch.testing.assert_close(torch.cosine_similarity(cells, theirs), torch.ones_like(cells[:, 0]))
 
 
-@pytest.mark.parametrize(("noise", "autoencoder"), [(0.0, AutoencoderConfig()), (3.0, AutoencoderConfig()), (0.3, None)])
+@pytest.mark.parametrize(
+    ("noise", "autoencoder"), [(0.0, AutoencoderConfig()), (3.0, AutoencoderConfig()), (0.3, None)]
+)
 def test_a_noise_that_cannot_be_is_refused(noise: float, autoencoder: AutoencoderConfig | None) -> None:
     with pytest.raises(ValueError, match="noise must be above 0 and at most 2"):
         CodecConfig(autoencoder=autoencoder, noise=noise)
 
 
+@torch.no_grad()
 def test_log_variance_is_bounded() -> None:
     codec = codec_of(1, 1)
     codec.autoencoder.encoder.conv_out.bias[2:] = torch.tensor([1e4, -1e4])
