@@ -95,7 +95,7 @@ def generate(prompts: Sequence[str], model: Model = None, n: int = 4, seed: int 
     kept = [stage.config.name for stage in cascade.stages[:-1]] if keep_stages else []
     names += [f"{k:04d}-{stage}.png" for k in range(len(prompts) * n) for stage in kept] + [METADATA] * captions
     check_out(out, names, overwrite)
-    cascade = _sized(cascade, size, len(prompts) * candidates, steer.recipe or best_of is not None)
+    cascade = _sized(cascade, size, len(prompts) * candidates, bool(steer.recipe) or best_of is not None)
     sampling = cascade.sampling(steps, guidance, overrides)
     for line in notes_of(cascade, prompts, negative, sampling):
         tell(line)
@@ -125,15 +125,15 @@ def generate(prompts: Sequence[str], model: Model = None, n: int = 4, seed: int 
     return out / "grid.png"
 
 
-def _sized(cascade: Cascade, size: str, count: int, compares: object) -> Cascade:
-    """The cascade that draws this size. Raises UserError for none, one too large for `count` pictures, or one where a
-    network `compares` pictures, or is told of one, which it knows as squares."""
+def _sized(cascade: Cascade, size: str, count: int, judged: bool) -> Cascade:
+    """The cascade that draws this size, or where it is empty its own. Raises UserError for what is no size, one too
+    large for `count` pictures, and where pictures are `judged`, or a ControlNet told of one, by what knows squares."""
     width = height = cascade.stages[-1].config.resolution_px
     if size:
         found = re.fullmatch(r"(\d{1,6})x(\d{1,6})", size)
         if found is None:
             raise UserError(f"--size {size!a}: width and height in pixels, as 96x64")
-        if compares or cascade.stages[0].control is not None:
+        if judged or cascade.stages[0].control is not None:
             raise UserError("--size: a classifier, a CLIP and a ControlNet see squares; leave it out, or them")
         width, height = int(found[1]), int(found[2])
         cascade = cascade.sized(width, height)

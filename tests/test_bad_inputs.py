@@ -8,6 +8,7 @@ import os
 import pickle
 import tarfile
 import warnings
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -62,8 +63,6 @@ def test_between_pillows_warning_and_its_error_max_pixels_decides(
 
 
 def test_a_metadata_bomb_in_international_text(tmp_path: Path) -> None:
-    import zlib
-
     text = _chunk(b"iTXt", b"Comment\0\1\0\0\0" + zlib.compress(bytes(80_000_000), 1))
     assert _reason(tmp_path, _png(1, 1, 8, 0, b"\0\0", text)).startswith("damaged (ValueError: ")
 
@@ -278,8 +277,7 @@ def test_weights_far_smaller_than_their_network(tmp_path: Path) -> None:
         load_text_encoder(TextConfig("bert", str(folder)))
 
 
-def test_the_file_itself_is_read_as_it_is(tmp_path: Path) -> None:
-    """Lab pictures, which print shops send, become RGB."""
+def test_lab_pictures_become_rgb(tmp_path: Path) -> None:
     data = _encode(Image.new("LAB", (4, 4), (255, 128, 128)), "TIFF")
     (tmp_path / "lab.tif").write_bytes(data)
     pixels, _ = read_image(tmp_path / "lab.tif")

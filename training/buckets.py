@@ -37,7 +37,7 @@ class Buckets:
         bucket, turn = self._epoch(epoch)[number - self._before(epoch)].tolist()
         own = self.items[bucket]
         places = [divmod(place, len(own)) for place in range(turn * self._batch, (turn + 1) * self._batch)]
-        return [int(own[self._order(bucket, turn)[place]]) for turn, place in places]
+        return [int(own[self._order(bucket, lap)[place]]) for lap, place in places]
 
     @cached_property
     def _phases(self) -> list[int]:
@@ -60,7 +60,7 @@ class Buckets:
         mixed = torch.randperm(len(made), generator=keyed_generator(self._seed, "batches", epoch))
         return torch.tensor(made).view(-1, 2)[mixed]
 
-    def _order_now(self, bucket: int, turn: int) -> Tensor:
-        """The order in which the items of a bucket come when it goes through them for the `turn`-th time."""
-        generator = keyed_generator(self._seed, "order", bucket, turn)
+    def _order_now(self, bucket: int, lap: int) -> Tensor:
+        """The order in which the items of a bucket come when it goes through them for the `lap`-th time."""
+        generator = keyed_generator(self._seed, "order", bucket, lap)
         return torch.randperm(len(self.items[bucket]), generator=generator)
