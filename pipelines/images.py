@@ -24,6 +24,12 @@ def to_uint8(pixels: Tensor) -> np.ndarray:
     return scaled.permute(0, 2, 3, 1).contiguous().numpy()
 
 
+def visible(pictures: np.ndarray, least_px: int = 64) -> list[np.ndarray]:
+    """Pictures (B, H, W, 3), each pixel repeated where they are smaller than `least_px`, so that one can see them."""
+    times = max(1, least_px // pictures.shape[1])
+    return list(pictures.repeat(times, 1).repeat(times, 2))
+
+
 def grid(pictures: Sequence[np.ndarray], columns: int, gap_px: int = 4) -> np.ndarray:
     """Pictures (H, W, 3) uint8 of one size, row by row on white, `gap_px` apart."""
     height, width = pictures[0].shape[:2]

@@ -21,7 +21,7 @@ from ldm.guidance import ClassifierFreeGuidance
 from ldm.sampling import SAMPLERS
 from pipelines.cascade import load_cascade
 from pipelines.generate import check_out
-from pipelines.images import grid, save_png, to_uint8
+from pipelines.images import grid, save_png, to_uint8, visible
 from pipelines.stage import Stage
 from training.data import DataConfig, Reader
 from training.environment import prepare_process
@@ -92,6 +92,4 @@ def _reversed(stage: Stage, eps: Tensor, cond: Conditioning, null: Conditioning)
 
 
 def _shown(stage: Stage, latents: Tensor) -> list:  # type: ignore[type-arg]
-    pictures = to_uint8(stage.codec.module.decode(stage.config.normalisation.invert(latents.float())))
-    enlarged = max(1, 64 // pictures.shape[1])
-    return [p.repeat(enlarged, 0).repeat(enlarged, 1) for p in pictures]
+    return visible(to_uint8(stage.codec.module.decode(stage.config.normalisation.invert(latents.float()))))

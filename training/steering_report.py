@@ -18,7 +18,7 @@ from ldm.progress import advancing
 from ldm.weights import load_classifier, write_json
 from pipelines.cascade import Cascade, load_cascade
 from pipelines.generate import check_out
-from pipelines.images import grid, save_png, to_uint8
+from pipelines.images import grid, save_png, to_uint8, visible
 from pipelines.steering import toward_classes, toward_texts
 from training.classifier import among_first, classify, labels_of
 from training.data import DataConfig, Reader
@@ -69,7 +69,7 @@ def evaluate(model: str | Path, data: str | Path, out: str | Path, judge: str | 
                      else toward_texts(str(clip), stage, [a.prompt for a in chosen], scale))  # fmt: skip
         drawn = _drawn(cascade, chosen, overrides, steer)
         lines[f"scale {scale:g}"] = _judged(verdict, label, drawn, chosen)
-        shown += list(to_uint8(drawn[:SHOWN]))
+        shown += visible(to_uint8(drawn[:SHOWN]))
         tell(str(Table("", {f"scale {scale:g}": lines[f"scale {scale:g}"]})).strip())
     by = "a noise-aware classifier" if classifier is not None else "CLIP"
     table = Table(f"The judge on {label}, {pictures} pictures a scale, guided by {by}", lines,
