@@ -109,7 +109,9 @@ class DegradationConfig(Config):
     Beyond it, the parts of the mix of Zhang et al. 2021 ("Designing a practical degradation model"), each drawn per
     picture: one of `kernels` for the reduction, and by their shares a Gaussian blur of `blur_px` (standard deviation
     in pixels of the small picture), Gaussian noise of `noise_std` (of 255) and JPEG compression of `jpeg_quality`;
-    ranges are drawn uniformly. Blur comes before or after the reduction, noise before or after JPEG, at random.
+    ranges are drawn uniformly. The noise is white, or blurred by a Gaussian of `noise_px` pixels to grains of that
+    size, as codecs and networks leave them, and brought back to its deviation. Blur comes before or after the
+    reduction, noise before or after JPEG, at random.
     """
 
     kernels: tuple[Kernel, ...] = ("area",)
@@ -117,6 +119,7 @@ class DegradationConfig(Config):
     blur_px: tuple[float, float] = (0.2, 1.2)
     noise: float = 0.0
     noise_std: tuple[float, float] = (1.0, 25.0)
+    noise_px: tuple[float, float] = (0.0, 0.0)
     jpeg: float = 0.0
     jpeg_quality: tuple[int, int] = (30, 95)
 
@@ -129,6 +132,9 @@ class DegradationConfig(Config):
             low, high = getattr(self, name)
             if not 0 < low <= high:
                 raise ValueError(f"{name} must be a range of positive numbers, not {low} to {high}")
+        if not 0 <= self.noise_px[0] <= self.noise_px[1]:
+            low, high = self.noise_px
+            raise ValueError(f"noise_px must be a range from 0 upwards, not {low} to {high}")
         if self.jpeg_quality[1] > 100:
             raise ValueError(f"jpeg_quality ends at 100, not {self.jpeg_quality[1]}")
 
@@ -166,10 +172,18 @@ def _degrade_one(planes: Tensor, scale: int, config: DegradationConfig, generato
     compressed, early = u[5] < config.jpeg, u[6] < 0.5
     planes = _jpeg(planes, quality) if compressed and early else planes
     if u[7] < config.noise:
-        noise = torch.randn(planes.shape, generator=generator)
+        noise = _grains(torch.randn(planes.shape, generator=generator), config.noise_px, generator)
         planes = planes + _between(config.noise_std, u[8]) * noise
     planes = _jpeg(planes, quality) if compressed and not early else planes
     return _pixels(planes)
+
+
+def _grains(noise: Tensor, size_px: tuple[float, float], generator: torch.Generator) -> Tensor:
+    if size_px[1] == 0:
+        return noise
+    size = _between(size_px, float(torch.rand((), generator=generator)))
+    blurred = _blur(noise, size) if size else noise
+    return blurred / blurred.std()
 
 
 def _between(bounds: tuple[float, float], u: float) -> float:

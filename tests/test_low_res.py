@@ -117,6 +117,10 @@ class TestDegrade:
         noisy = degrade(grey, 4, DegradationConfig(noise=1.0, noise_std=(10.0, 10.0)),
                         [torch.Generator().manual_seed(k) for k in range(4)]).float()  # fmt: skip
         assert 9.5 < float(noisy.std()) < 10.5
+        grains = degrade(grey, 4, DegradationConfig(noise=1.0, noise_std=(10.0, 10.0), noise_px=(3.0, 3.0)),
+                         [torch.Generator().manual_seed(k) for k in range(4)]).float()  # fmt: skip
+        assert 9.5 < float(grains.std()) < 10.5
+        assert roughness(grains) < 0.3 * roughness(noisy)
         loss = {q: float((made(jpeg=1.0, jpeg_quality=(q, q)) - plain).abs().mean()) for q in (10, 100)}
         assert loss[10] > 1.5 * loss[100] > 0
 
