@@ -24,9 +24,9 @@ def to_uint8(pixels: Tensor) -> np.ndarray:
     return scaled.permute(0, 2, 3, 1).contiguous().numpy()
 
 
-def visible(pictures: np.ndarray, least_px: int = 64) -> list[np.ndarray]:
-    """Pictures (B, H, W, 3), each pixel repeated where they are smaller than `least_px`, so that one can see them."""
-    times = max(1, least_px // pictures.shape[1])
+def visible(pictures: np.ndarray) -> list[np.ndarray]:
+    """Pictures (B, H, W, 3), enlarged by whole pixels as often as they fit into 64 px, where one can see them."""
+    times = max(1, 64 // pictures.shape[1])
     return list(pictures.repeat(times, 1).repeat(times, 2))
 
 

@@ -20,7 +20,7 @@ from ldm.weights import NETWORK_FILE
 from pipelines import generate as module
 from pipelines.cascade import Cascade, load_cascade
 from pipelines.generate import generate
-from pipelines.images import RECIPE_KEY, read_recipe, to_uint8
+from pipelines.images import RECIPE_KEY, read_recipe, to_uint8, visible
 from tests.tiny import save_tiny_cascade, tiny_cascade
 from tests.tiny_text import tiny_clip
 
@@ -71,6 +71,14 @@ def copied(tiny_folder: Path, tmp_path: Path) -> Path:
 
 
 # ---- files ---------------------------------------------------------------------------------------
+
+
+def test_small_pictures_are_enlarged_by_whole_pixels() -> None:
+    small = np.random.default_rng(0).integers(0, 256, (2, 24, 16, 3), dtype=np.uint8)
+    shown = visible(small)
+    assert [p.shape for p in shown] == [(48, 32, 3)] * 2
+    for i, k in ((0, 0), (0, 1), (1, 0), (1, 1)):
+        assert np.array_equal(np.stack(shown)[:, i::2, k::2], small)
 
 
 def test_files_are_prompts_by_seeds_and_a_grid(four: Path) -> None:

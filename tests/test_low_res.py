@@ -132,6 +132,11 @@ class TestDegrade:
         others = degrade(large, 4, mix, [torch.Generator().manual_seed(k + 9) for k in range(4)])
         assert not torch.equal(together, others)
 
+    def test_grains_of_no_size_are_refused(self) -> None:
+        for bounds in ((-1.0, 2.0), (2.0, 1.0)):
+            with pytest.raises(ValueError, match="noise_px must be a range from 0 upwards"):
+                DegradationConfig(noise_px=bounds)
+
     def test_sides_that_do_not_divide_are_refused(self) -> None:
         with pytest.raises(ValueError, match="no multiples of 4"):
             degrade(torch.zeros(1, 10, 8, 3, dtype=torch.uint8), 4, DegradationConfig())

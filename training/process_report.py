@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -91,5 +92,5 @@ def _reversed(stage: Stage, eps: Tensor, cond: Conditioning, null: Conditioning)
     return [[c[0][k] for c in columns] for k in count], [[c[1][k] for c in columns] for k in count]
 
 
-def _shown(stage: Stage, latents: Tensor) -> list:  # type: ignore[type-arg]
+def _shown(stage: Stage, latents: Tensor) -> list[np.ndarray]:
     return visible(to_uint8(stage.codec.module.decode(stage.config.normalisation.invert(latents.float()))))
