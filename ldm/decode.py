@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import codecs
 import errno
 import io
 import math
 import os
-import re
 import stat
 import threading
 import time
@@ -15,37 +13,20 @@ import warnings
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import Literal, NamedTuple, TypeVar
 
 import numpy as np
 import numpy.typing as npt
-from PIL import ExifTags, Image, ImageCms, ImageFile, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageCms, ImageFile
+
+from ldm.file_kinds import BadImage, check_whole, readable_formats, reason_of
 
 Pixels = npt.NDArray[np.uint8]  # (H, W, 3), sRGB
 Shape = tuple[int, int]  # width, height
 T = TypeVar("T")
-
-FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")
 MAX_PIXELS_LIMIT = 178_956_970  # Pillow itself refuses larger pictures
-_PNG = b"\x89PNG\r\n\x1a\n"
-_FOREIGN = (
-    (b"8BPS", "image/vnd.adobe.photoshop"),
-    (b"%PDF", "application/pdf"),
-    (b"%!PS", "application/postscript"),
-    (b"\xc5\xd0\xd3\xc6", "application/postscript"),
-    (b"icns", "image/icns"),
-    (b"SIMPLE  =", "image/fits"),
-    (b"\x00\x00\x00\x0cJXL ", "image/jxl"),
-    (b"\xff\x0a", "image/jxl"),
-    (b"\x00\x00\x00\x0cjP  ", "image/jp2"),
-    (b"\x00\x00\x01\x00", "image/x-icon"),
-    (b"v/1\x01", "image/x-exr"),
-    (b"PK\x03\x04", "application/zip"),
-    (b"\x1f\x8b", "application/gzip"),
-    (b"PAR1", "application/vnd.apache.parquet"),
-)
-_READABLE = (_PNG, b"\xff\xd8\xff", b"GIF8", b"RIFF", b"BM", b"II*\x00", b"MM\x00*")
 _KINDS = {
     "1": "1-bit",
     "L": "greyscale",
@@ -71,10 +52,6 @@ TAR_HEADER = 512
 _warnings_lock = threading.Lock()
 
 
-class BadImage(Exception):
-    """A picture that cannot be used; the message is the reason, fit for a report."""
-
-
 class Source(NamedTuple):
     """Where the bytes of a picture lie: all of `path`, or `size` bytes from `offset` of it, a member of a tar.
 
@@ -88,39 +65,53 @@ class Source(NamedTuple):
     data: bytes | None = None
 
 
-def read_image(
-    source: str | Path | Source, *, background: tuple[int, int, int] = (255, 255, 255), max_pixels: int = 64_000_000
-) -> tuple[Pixels, list[str]]:
+@dataclass(frozen=True)
+class Decoding:
+    """How pictures become 8-bit sRGB.
+
+    background: what transparency is composited on; max_pixels: of a larger one nothing is decoded; float_range: the
+    values that are black and white in pictures of floats, which are bad without; animations: their first frame is
+    taken, or they are bad.
+    """
+
+    background: tuple[int, int, int] = (255, 255, 255)
+    max_pixels: int = 64_000_000
+    float_range: tuple[float, float] | None = None
+    animations: Literal["first", "skip"] = "first"
+
+
+_AS_IT_COMES = Decoding()
+
+
+def read_image(source: str | Path | Source, how: Decoding = _AS_IT_COMES) -> tuple[Pixels, list[str]]:
     """Decode one picture fully to sRGB, uint8 (H, W, 3), and say in short notes what had to be converted.
 
-    Upright (EXIF applied), transparency composited on `background`, profiles converted, 16-bit grey scaled,
-    first frame of animations. The size is checked before any pixel is allocated. Raises BadImage for anything
-    else, whatever the decoder raised. Input and output errors are tried again after RETRY_PAUSES_S.
+    Upright (EXIF applied), transparency composited, profiles converted, 16-bit grey scaled. The size is checked before
+    any pixel is allocated. Raises BadImage for anything else, whatever the decoder raised. Input and output errors
+    are tried again after RETRY_PAUSES_S.
 
     A damaged JPEG that still decodes cannot be told from a good one.
     """
-    image, notes = _decode(_read(source, max_pixels), background, max_pixels)
+    image, notes = _decode(_read(source, how.max_pixels), how)
     return np.array(image, dtype=np.uint8), notes
 
 
 def read_layers(
-    source: str | Path | Source, *, max_pixels: int, background: tuple[int, int, int] = (255, 255, 255)
+    source: str | Path | Source, how: Decoding
 ) -> tuple[Pixels, npt.NDArray[np.uint8] | None, list[str]]:
     """As `read_image`, and the transparency (H, W) that was composited: 255 is opaque, None all of it."""
     notes: list[str] = []
-    colour, alpha = _layers(_read(source, max_pixels), max_pixels, notes)
-    return np.array(_composited(colour, alpha, background)), None if alpha is None else np.array(alpha), notes
+    colour, alpha = _layers(_read(source, how.max_pixels), how, notes)
+    return np.array(_composited(colour, alpha, how.background)), None if alpha is None else np.array(alpha), notes
 
 
-def try_fit(
-    source: Source | str, shapes: Sequence[Shape], background: tuple[int, int, int], max_pixels: int
-) -> tuple[Pixels, list[str]] | str:
+def try_fit(source: Source | str, shapes: Sequence[Shape], how: Decoding) -> tuple[Pixels, list[str]] | str:
     """`read_image`, cropped and shrunk to that of `shapes` (width, height) which is nearest to its own: pixels and
     notes, or the reason why not; a str is one that is known already."""
     if isinstance(source, str):
         return source
     try:
-        image, notes = _decode(_read(source, max_pixels), background, max_pixels)
+        image, notes = _decode(_read(source, how.max_pixels), how)
         width, height = min(shapes, key=lambda shape: abs(math.log(shape[0] * image.height / shape[1] / image.width)))
         return _fitted(image, width, height), notes
     except BadImage as error:
@@ -149,13 +140,13 @@ def _fitted(image: Image.Image, width: int, height: int) -> Pixels:
     return np.array(image.reduce((wide // width, high // height), box))
 
 
-def _decode(data: bytes, background: tuple[int, int, int], max_pixels: int) -> tuple[Image.Image, list[str]]:
+def _decode(data: bytes, how: Decoding) -> tuple[Image.Image, list[str]]:
     """The bytes of a file -> upright picture of mode RGB, and notes."""
     notes: list[str] = []
-    colour, alpha = _layers(data, max_pixels, notes)
+    colour, alpha = _layers(data, how, notes)
     if alpha is not None:
         notes.append("transparency composited on the background")
-    return _composited(colour, alpha, background), notes
+    return _composited(colour, alpha, how.background), notes
 
 
 def _composited(colour: Image.Image, alpha: Image.Image | None, background: tuple[int, int, int]) -> Image.Image:
@@ -166,23 +157,25 @@ def _composited(colour: Image.Image, alpha: Image.Image | None, background: tupl
     return canvas
 
 
-def _layers(data: bytes, max_pixels: int, notes: list[str]) -> tuple[Image.Image, Image.Image | None]:
+def _layers(data: bytes, how: Decoding, notes: list[str]) -> tuple[Image.Image, Image.Image | None]:
     """The bytes of a file -> upright picture of mode RGB and its alpha of mode L, or None where all is opaque."""
     if not data:
         raise BadImage("empty")
-    _check_whole(data)
+    check_whole(data)
     try:
         with _metadata_warnings(notes):
             ImageFile.LOAD_TRUNCATED_IMAGES = False  # other libraries turn it on: grey-filled pictures
-            image = Image.open(io.BytesIO(data), formats=FORMATS)
+            image = Image.open(io.BytesIO(data), formats=readable_formats(data))
             if getattr(image, "is_animated", False):
+                if how.animations == "skip":
+                    raise BadImage("several frames")
                 notes.append("first frame of several")
         with image:
-            if image.width * image.height > max_pixels:
-                raise BadImage(f"too many pixels ({image.width * image.height} > {max_pixels})")
+            if image.width * image.height > how.max_pixels:
+                raise BadImage(f"too many pixels ({image.width * image.height} > {how.max_pixels})")
             image.load()
             orientation = _orientation(image, notes)
-            colour, alpha = _to_rgb(image, notes)
+            colour, alpha = _to_rgb(image, how.float_range, notes)
             if orientation in _TRANSPOSE:
                 turn = _TRANSPOSE[orientation]
                 colour, alpha = colour.transpose(turn), None if alpha is None else alpha.transpose(turn)
@@ -190,7 +183,7 @@ def _layers(data: bytes, max_pixels: int, notes: list[str]) -> tuple[Image.Image
     except BadImage:
         raise
     except Exception as error:  # Pillow raises SyntaxError, RuntimeError, struct.error, ...
-        raise BadImage(_reason(error, data, max_pixels)) from error
+        raise BadImage(reason_of(error, data, how.max_pixels)) from error
 
 
 def read_regular(path: str | Path, max_bytes: int, offset: int = 0, size: int | None = None) -> bytes:
@@ -247,26 +240,6 @@ def again(read: Callable[[], T]) -> T:
     return read()
 
 
-def _check_whole(data: bytes) -> None:
-    """Raise BadImage for a PNG or WebP file that ends early, and for a PNG chunk that fails its CRC.
-
-    Pillow reads a PNG without its end and ignores the CRC of pixel data; its WebP decoder gives no reason.
-    """
-    if data[:4] == b"RIFF" and data[8:12] == b"WEBP" and len(data) < 8 + int.from_bytes(data[4:8], "little"):
-        raise BadImage("truncated")
-    if not data.startswith(_PNG):
-        return
-    view, start, kind = memoryview(data), len(_PNG), b""
-    while kind != b"IEND":
-        end = start + 12 + int.from_bytes(view[start : start + 4], "big")
-        if len(data) < max(end, start + 12):
-            raise BadImage("truncated")
-        kind = bytes(view[start + 4 : start + 8])
-        if zlib.crc32(view[start + 4 : end - 4]) != int.from_bytes(view[end - 4 : end], "big"):
-            raise BadImage(f"damaged (PNG chunk {kind.decode('latin-1')!a} fails its CRC)")
-        start = end
-
-
 @contextmanager
 def _metadata_warnings(notes: list[str]) -> Iterator[None]:
     """Turn Pillow's warnings into a note. Python's warning filters are one per process, hence the lock."""
@@ -290,13 +263,14 @@ def _orientation(image: Image.Image, notes: list[str]) -> int:
     return value if value in _TRANSPOSE else 1
 
 
-def _to_rgb(image: Image.Image, notes: list[str]) -> tuple[Image.Image, Image.Image | None]:
+def _to_rgb(image: Image.Image, float_range: tuple[float, float] | None,
+            notes: list[str]) -> tuple[Image.Image, Image.Image | None]:  # fmt: skip
     """Colour of mode RGB, and alpha of mode L unless all is opaque."""
     if image.mode in _KINDS:
         notes.append(_KINDS[image.mode])
     alpha: Image.Image | None = None
     if image.mode == "F":
-        raise BadImage("unknown range (float pixels)")
+        image = _from_float(image, float_range, notes)
     if image.mode.startswith("I"):
         colour, alpha = _from_16_bit(image, notes)
     elif image.has_transparency_data:
@@ -312,6 +286,21 @@ def _to_rgb(image: Image.Image, notes: list[str]) -> tuple[Image.Image, Image.Im
     if colour.mode != "RGB":
         colour = colour.convert("RGB")
     return colour, None if alpha is None or alpha.getextrema() == (255, 255) else alpha
+
+
+def _from_float(image: Image.Image, float_range: tuple[float, float] | None, notes: list[str]) -> Image.Image:
+    """Float grey -> 8-bit grey, rounded over the range; what lies outside is cut off, and noted."""
+    if float_range is None:
+        raise BadImage("unknown range (float pixels): say which values are black and white")
+    values = np.asarray(image)
+    if not np.isfinite(values).all():
+        raise BadImage("float pixels that are not finite")
+    low, high = float_range
+    notes.append("float grey scaled to 8 bits")
+    if values.min() < low or values.max() > high:
+        notes.append("float grey outside the range, cut off")
+    scaled = (values.astype(np.float64).clip(low, high) - low) / (high - low)
+    return Image.fromarray(np.rint(scaled * 255).astype(np.uint8))
 
 
 def _from_16_bit(image: Image.Image, notes: list[str]) -> tuple[Image.Image, Image.Image | None]:
@@ -350,39 +339,3 @@ def _to_srgb(colour: Image.Image, icc: bytes, notes: list[str]) -> Image.Image:
     if "srgb" not in name.lower():
         notes.append("colour profile converted to sRGB")
     return made if made is not None else colour
-
-
-def _reason(error: Exception, data: bytes, max_pixels: int) -> str:
-    text = str(error)
-    if isinstance(error, UnidentifiedImageError):
-        return _what_else(data)
-    if isinstance(error, Image.DecompressionBombError):
-        found = re.search(r"\d+", text)
-        return f"too many pixels ({found.group() if found else '?'} > {max_pixels})"
-    if "truncated" in text.lower():
-        return "truncated"
-    shown = "".join(c if c.isprintable() else "?" for c in text[:120])
-    return f"damaged ({type(error).__name__}: {shown})"
-
-
-def _what_else(data: bytes) -> str:
-    """Why no accepted decoder knows this file, from its first bytes."""
-    if data.startswith(b"\xff\xd8\xff") and b"\xff\xd9" not in data:
-        return "truncated"
-    if data.startswith(_READABLE) or data[4:12] in (b"ftypavif", b"ftypavis"):
-        return "damaged (its header cannot be read)"
-    if data[4:8] == b"ftyp" and data[8:12] in (b"heic", b"heix", b"hevc", b"mif1", b"msf1"):
-        return "not an accepted format (image/heic); convert it to PNG or JPEG"
-    for magic, kind in _FOREIGN:
-        if data.startswith(magic):
-            return f"not an accepted format ({kind})"
-    try:
-        text = codecs.getincrementaldecoder("utf-8-sig")().decode(data[:1024]).lstrip().lower()
-    except UnicodeDecodeError:
-        return "not an image"
-    if not all(c.isprintable() or c.isspace() for c in text):
-        return "not an image"
-    for mark, kind in (("<html", "text/html"), ("<!doctype html", "text/html"), ("<svg", "image/svg+xml")):
-        if mark in text:
-            return f"not an image ({kind})" if kind == "text/html" else f"not an accepted format ({kind})"
-    return f"not an image ({'application/json' if text.startswith(('{', '[')) else 'text/plain'})"

@@ -11,7 +11,8 @@ import numpy.typing as npt
 from PIL import Image
 
 from ldm.config import UserError
-from ldm.decode import BadImage, Source, read_image, read_regular
+from ldm.decode import Decoding, Source, read_image, read_regular
+from ldm.file_kinds import BadImage
 
 Pixels = npt.NDArray[np.uint8]
 MAX_FILE_BYTES = 2**30
@@ -22,7 +23,7 @@ def read_file(source: Path, tell: Callable[[str], None]) -> tuple[Pixels, str]:
     """A picture file: (H, W, 3) on white, and the digest of the file."""
     try:
         data = read_regular(source, MAX_FILE_BYTES)
-        pixels, notes = read_image(Source(str(source), data=data), max_pixels=MAX_PIXELS)
+        pixels, notes = read_image(Source(str(source), data=data), Decoding(max_pixels=MAX_PIXELS))
     except OSError as error:
         raise UserError(f"{source}: cannot be read ({error.strerror})") from None
     except BadImage as error:

@@ -17,7 +17,8 @@ import numpy.typing as npt
 import torch
 
 from ldm.config import UserError
-from ldm.decode import BadImage, Source, read_layers, read_regular
+from ldm.decode import Decoding, Source, read_layers, read_regular
+from ldm.file_kinds import BadImage
 from ldm.progress import advancing
 from pipelines.cascade import Cascade, load_cascade
 from pipelines.generate import MAX_PROMPT_CHARS, MAX_SEED, SHIPPED, check_out, prompt_notes, seed_of, writing
@@ -177,7 +178,7 @@ def _job(source: Path, out: Path, scale: int) -> Job:
 def _read(source: Path) -> _Read:
     try:
         data = read_regular(source, MAX_FILE_BYTES)
-        colour, alpha, notes = read_layers(Source(str(source), data=data), max_pixels=MAX_PIXELS)
+        colour, alpha, notes = read_layers(Source(str(source), data=data), Decoding(max_pixels=MAX_PIXELS))
     except OSError as error:
         raise UserError(f"{source}: cannot be read ({error.strerror})") from None
     except BadImage as error:

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from ldm.decode import Decoding
 from training.data import BadImage, DataConfig, read_image
 
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -42,7 +43,7 @@ def png_bytes(width: int, height: int, depth: int, colour: int, raw: bytes, extr
 def read_bytes(tmp_path: Path, data: bytes, **options: Any) -> tuple[np.ndarray, list[str]]:
     path = tmp_path / "file.png"
     path.write_bytes(data)
-    return read_image(path, **options)
+    return read_image(path, Decoding(**options))
 
 
 def refusal(tmp_path: Path, data: bytes, **options: Any) -> str:

@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 
 from ldm.cli import app
 from ldm.config import UserError
-from ldm.decode import Source, try_fit
+from ldm.decode import Decoding, Source, try_fit
 from ldm.denoiser import Denoiser
 from pipelines.cascade import load_cascade
 from pipelines.generate import generate
@@ -65,7 +65,7 @@ def test_a_picture_is_cut_to_the_nearest_shape_as_pillow_would(
     album: Path, name: str, expected: tuple[int, int]
 ) -> None:
     path = sorted(album.glob(f"{name}*.png"))[0]
-    found = try_fit(Source(path), DataConfig("x", size_px=64, bucket_px=16).shapes, (255, 255, 255), 10**6)
+    found = try_fit(Source(path), DataConfig("x", size_px=64, bucket_px=16).shapes, Decoding(max_pixels=10**6))
     assert not isinstance(found, str)
     assert found[0].shape == (expected[1], expected[0], 3)
     theirs = np.array(ImageOps.fit(Image.open(path), expected, Image.Resampling.LANCZOS))
@@ -74,7 +74,7 @@ def test_a_picture_is_cut_to_the_nearest_shape_as_pillow_would(
 
 def test_a_picture_too_small_for_its_shape_is_told(tmp_path: Path) -> None:
     Image.new("RGB", (70, 40)).save(tmp_path / "a.png")
-    found = try_fit(Source(tmp_path / "a.png"), [(48, 80), (64, 64), (80, 48)], (255, 255, 255), 10**6)
+    found = try_fit(Source(tmp_path / "a.png"), [(48, 80), (64, 64), (80, 48)], Decoding(max_pixels=10**6))
     assert found == "smaller than target (70x40 < 80x48)"
 
 

@@ -14,6 +14,7 @@ import pytest
 from PIL import Image
 
 from ldm.config import ConfigError, UserError, parse
+from ldm.decode import Decoding
 from tests.pictures import data_config, encoded, fill, noise_picture
 from training.check import check
 from training.data import DataConfig, Reader, Row, fingerprint, read_image, rows, square
@@ -246,8 +247,8 @@ def test_folders_without_pictures(folder: Path, tmp_path: Path) -> None:
         rows(data_config(folder))
     with pytest.raises(UserError, match="no picture to read"):
         check(folder)
-    (folder / "photo.HEIC").write_bytes(b"")
-    with pytest.raises(UserError, match=r"photo\.HEIC: \.heic is not an accepted format; convert it"):
+    (folder / "photo.JXL").write_bytes(b"")
+    with pytest.raises(UserError, match=r"photo\.JXL: \.jxl is not an accepted format; convert it"):
         rows(data_config(folder))
     with pytest.raises(UserError, match=r"no metadata\.jsonl, so there are no splits"):
         rows(data_config(folder, split="train"))
@@ -320,7 +321,7 @@ def test_reader_gives_what_read_image_and_square_give(
     background = (0, 100, 200)
     config = data_config(folder, size_px=size_px, background=background)
     for row, example in zip(rows(config), Reader(config), strict=True):
-        crop, side = read_image(row.path, background=background)[0], min(height, width)
+        crop, side = read_image(row.path, Decoding(background=background))[0], min(height, width)
         top, left = (height - side) // 2, (width - side) // 2
         expected = Image.fromarray(crop[top : top + side, left : left + side])
         if side % size_px:
@@ -384,6 +385,7 @@ def test_config_is_checked() -> None:
     assert parse(DataConfig, {"path": "x", "background": [0, 0, 0]}, "c").background == (0, 0, 0)
     for key, value in (
         ("path", ""), ("size_px", 0), ("background", [0, 0, 256]), ("max_pixels", 10**9),
+        ("float_range", [1, 0]), ("float_range", [0, float("inf")]), ("animations", "all"),
         ("max_bad", 1.5), ("max_bad", float("nan")), ("limit", 0), ("missing_caption", "guess"),
         ("workers", -1), ("workers", 257), ("read_timeout_s", 0),
     ):  # fmt: skip

@@ -7,14 +7,16 @@ import errno
 import io
 import os
 import struct
+import sys
 import time
 import zlib
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pillow_heif
 import pytest
-from PIL import Image, ImageCms, ImageFile
+from PIL import Image, ImageCms, ImageFile, ImageFilter
 
 from tests.pictures import PNG, encoded, noise_picture, png_bytes, png_chunk, read_bytes, refusal
 from training.data import BadImage, read_image, square
@@ -45,7 +47,7 @@ def test_empty_file(tmp_path: Path) -> None:
         (b"SIMPLE  =                    T", "not an accepted format (image/fits)"),
         (
             b"\x00\x00\x00\x18ftypheic" + bytes(40),
-            "not an accepted format (image/heic); convert it to PNG or JPEG",
+            "damaged (its header cannot be read)",
         ),
     ],
 )
@@ -139,7 +141,33 @@ def test_metadata_bomb(tmp_path: Path) -> None:
 
 def test_float_pixels(tmp_path: Path) -> None:
     data = encoded(Image.fromarray(np.ones((4, 4), np.float32)), "TIFF")
-    assert refusal(tmp_path, data) == "unknown range (float pixels)"
+    assert refusal(tmp_path, data) == "unknown range (float pixels): say which values are black and white"
+
+
+def test_float_pixels_of_a_declared_range(tmp_path: Path) -> None:
+    values = np.array([[-2, 0, 2], [3, 8, 9]], np.float32)
+    data = encoded(Image.fromarray(values), "TIFF")
+    pixels, notes = read_bytes(tmp_path, data, float_range=(-2.0, 8.0))
+    assert pixels[..., 0].tolist() == [[0, 51, 102], [128, 255, 255]]
+    assert notes == ["float grey scaled to 8 bits", "float grey outside the range, cut off"]
+    assert read_bytes(tmp_path, data, float_range=(-2.0, 9.0))[1] == ["float grey scaled to 8 bits"]
+    values[0, 0] = np.nan
+    damaged = encoded(Image.fromarray(values), "TIFF")
+    assert refusal(tmp_path, damaged, float_range=(-2.0, 8.0)) == "float pixels that are not finite"
+
+
+def test_heic(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = Image.fromarray(noise_picture(64, 96)).resize((96, 64)).filter(ImageFilter.GaussianBlur(4))
+    pillow_heif.register_heif_opener()
+    data = encoded(whole, "HEIF", quality=95)
+    pixels, notes = read_bytes(tmp_path, data)
+    assert notes == []
+    assert np.abs(pixels.astype(int) - np.asarray(whole)).max() < 16
+    assert refusal(tmp_path, data[:-200]).startswith(("damaged", "truncated"))
+    assert refusal(tmp_path, data, max_pixels=100) == "too many pixels (6144 > 100)"
+    monkeypatch.delitem(Image.OPEN, "HEIF")
+    monkeypatch.setitem(sys.modules, "pillow_heif", None)
+    assert refusal(tmp_path, data).startswith("HEIC is read with the extra heic (pip install")
     wide = encoded(Image.fromarray(np.full((4, 4), 70_000, np.int32)), "TIFF")
     assert refusal(tmp_path, wide) == "unknown range (32-bit integers)"
 
@@ -320,9 +348,12 @@ def test_damaged_exif_costs_no_picture(tmp_path: Path, kind: str, exif: bytes) -
 def test_first_frame_of_animations(tmp_path: Path, kind: str) -> None:
     frames = [Image.new("RGB", (8, 8), c) for c in ("red", "blue", "lime")]
     options = {"lossless": True} if kind == "WEBP" else {}
-    pixels, notes = read_bytes(tmp_path, encoded(frames[0], kind, save_all=True, append_images=frames[1:], **options))
+    data = encoded(frames[0], kind, save_all=True, append_images=frames[1:], **options)
+    pixels, notes = read_bytes(tmp_path, data)
     assert (pixels == (255, 0, 0)).all()
     assert "first frame of several" in notes
+    assert refusal(tmp_path, data, animations="skip") == "several frames"
+    assert (read_bytes(tmp_path, encoded(frames[0], kind, **options), animations="skip")[0] == pixels).all()
 
 
 # ---- square

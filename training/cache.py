@@ -23,7 +23,7 @@ import math
 from bisect import bisect_right
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import lru_cache
 from itertools import accumulate
 from pathlib import Path
@@ -38,10 +38,11 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from ldm.conditioning import Conditioning
-from ldm.config import UserError
+from ldm.config import UserError, parse
+from ldm.decode import Decoding
 from ldm.latents import Normalisation
 
-FORMAT = 2
+FORMAT = 3
 CAPTION_BLOCK = 4096
 HEADER_BYTES = 512
 MANIFEST, INDEX = "manifest.json", "index.safetensors"
@@ -56,8 +57,7 @@ class CacheKey:
 
     data: str
     size_px: int
-    background: tuple[int, int, int]
-    max_pixels: int
+    decoding: Decoding
     codec: str | None
     text: str | None
     scale: int | None = None
@@ -65,7 +65,7 @@ class CacheKey:
 
     @property
     def digest(self) -> str:
-        return hashlib.sha256(json.dumps([FORMAT, vars(self)], sort_keys=True).encode()).hexdigest()
+        return hashlib.sha256(json.dumps([FORMAT, asdict(self)], sort_keys=True).encode()).hexdigest()
 
     def folder(self, root: str | Path) -> Path:
         return Path(root) / self.digest[:16]
@@ -162,8 +162,7 @@ class Cache:
             for name, entry in self.manifest["files"].items():
                 if (folder / name).stat().st_size != entry["bytes"]:
                     raise ValueError(f"{name} is damaged")
-            key = self.manifest["key"]
-            self.key = CacheKey(**{**key, "background": tuple(key["background"])})
+            self.key = parse(CacheKey, self.manifest["key"], MANIFEST)
             self._starts = [0, *accumulate(self.manifest["shards"])]
             index = load_file(folder / INDEX)
             self._first, self._captions = index["first"], index["captions"]

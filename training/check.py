@@ -18,7 +18,8 @@ from typing import Any
 from PIL import Image
 
 from ldm.config import UserError
-from ldm.decode import BadImage, Pixels, square
+from ldm.decode import Pixels, square
+from ldm.file_kinds import BadImage
 from ldm.progress import progress
 from training.data import Report, pixels_of
 from training.report import STYLE

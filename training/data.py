@@ -10,7 +10,8 @@ from functools import cached_property, partial
 from typing import Any
 
 from ldm.config import UserError
-from ldm.decode import BadImage, Pixels, read_image, square, try_fit
+from ldm.decode import Pixels, read_image, square, try_fit
+from ldm.file_kinds import BadImage
 from training.rows import DataConfig, Row, shown
 from training.sources import Block, Collection, Pictures, digest_of, fingerprint, open_source
 from training.workers import DEATHS, Broken, Pool, Slow
@@ -61,7 +62,7 @@ class Reader:
         self.config = config
         self.report = Report()
         self._collection = _usable(config, shard_items) if rows is None else Pictures(rows, shard_items, Counter())
-        read = partial(try_fit, shapes=config.shapes, background=config.background, max_pixels=config.max_pixels)
+        read = partial(try_fit, shapes=config.shapes, how=config.decoding)
         self._read, self._pool = read, Pool(read, config.workers, config.read_timeout_s)
 
     @cached_property
@@ -208,7 +209,7 @@ def pixels_of(row: Row, collection: Collection, config: DataConfig, notes: Count
     source = row.fault or collection.source(row)
     if isinstance(source, str):
         raise BadImage(source)
-    pixels, found = read_image(source, background=config.background, max_pixels=config.max_pixels)
+    pixels, found = read_image(source, config.decoding)
     notes.update(set(found))
     return pixels
 

@@ -14,7 +14,7 @@ import time
 from array import array
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager, nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from datetime import timedelta
 from itertools import islice
 from pathlib import Path
@@ -69,7 +69,7 @@ def cache_key(reader: Reader, codec: Codec | None, text: TextEncoder | None, sca
     """The key of the cache of these."""
     config = reader.config
     return CacheKey(
-        reader.fingerprint, config.size_px, config.background, config.max_pixels,
+        reader.fingerprint, config.size_px, config.decoding,
         codec.digest if codec else None, text.digest if text else None, scale, config.bucket_px
     )  # fmt: skip
 
@@ -283,7 +283,7 @@ class _Job:
         merged.files[INDEX] = _file_facts(self.folder / INDEX)
         text = self.text
         manifest = {
-            "format": FORMAT, "key": vars(self.key), "count": sum(merged.counts), "shards": merged.counts,
+            "format": FORMAT, "key": asdict(self.key), "count": sum(merged.counts), "shards": merged.counts,
             "refused": [{"key": key, "reason": reason} for key, reason in merged.report.bad],
             "normalisation": merged.sums.statistics() if self.codec else None,
             "text": None if text is None else {

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import closing
+from dataclasses import asdict
 from functools import lru_cache
 from typing import Any
 
@@ -65,7 +66,7 @@ class Online:
         self._stand_ins: dict[int, int] = {}
         self._read = lru_cache(KEPT_PICTURES)(self._read_now)
         # as JSON gives it back, which is what it is compared with
-        self.manifest: dict[str, Any] = {"key": json.loads(json.dumps(vars(self.key)))}
+        self.manifest: dict[str, Any] = {"key": json.loads(json.dumps(asdict(self.key)))}
         if codec is not None:
             self.manifest["normalisation"] = self._measure(codec)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import math
 import os
 from collections import Counter
 from collections.abc import Callable
@@ -12,7 +13,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
 from ldm.config import Config, UserError
-from ldm.decode import MAX_PIXELS_LIMIT, Shape, read_regular
+from ldm.decode import MAX_PIXELS_LIMIT, Decoding, Shape, read_regular
 from training.metadata import (
     CAPTION_FIELDS,
     MAX_CAPTION_BYTES,
@@ -23,7 +24,7 @@ from training.metadata import (
     read_metadata,
 )
 
-SUFFIXES = (".png", ".jpg", ".jpeg", ".jfif", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif")
+SUFFIXES = (".png", ".jpg", ".jpeg", ".jfif", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif", ".heic", ".heif")
 LAYOUTS = f"""Accepted layouts:
   DIR/metadata.jsonl  one JSON object a line, such as {{"file_name": "a.png", "caption": "a cat"}}; "file_name" is
                       relative to DIR, and "captions" may be a list; or metadata.csv or .parquet with such columns
@@ -33,7 +34,7 @@ LAYOUTS = f"""Accepted layouts:
   DIR/*.parquet, or a folder written by datasets' save_to_disk: an image column, and such a caption column
 Pictures: {" ".join(SUFFIXES)}"""
 MAX_ASPECT = 2.5
-CONVERT = (".heic", ".heif", ".jxl", ".jp2", ".exr")
+CONVERT = (".jxl", ".jp2", ".exr")
 _LITTER = ("thumbs.db", "desktop.ini", "__macosx")
 
 
@@ -46,6 +47,8 @@ class DataConfig(Config):
     folder's where no picture has a caption and all lie in several folders. caption_column: where captions stand in
     metadata, tars and tables; a likely one by default. bucket_px: pictures keep their shape, of sides that are
     multiples of this and at most size_px^2 pixels, up to MAX_ASPECT : 1; by default squares are cut out of them.
+    float_range: the values that are black and white in pictures of floats, which are bad without. animations: their
+    first frame is taken, or they are bad.
     `workers` processes read and decode, 0: this one does. With workers, a picture that takes over
     `read_timeout_s` seconds, again and again, is bad; without, reading waits as long as the file system does.
     """
@@ -56,6 +59,8 @@ class DataConfig(Config):
     bucket_px: int | None = None
     background: tuple[int, int, int] = (255, 255, 255)
     max_pixels: int = 64_000_000
+    float_range: tuple[float, float] | None = None
+    animations: Literal["first", "skip"] = "first"
     max_bad: float = 0.01
     missing_caption: Literal["auto", "empty", "filename", "folder", "skip", "fail"] = "auto"
     caption_column: str | None = None
@@ -74,6 +79,8 @@ class DataConfig(Config):
             raise ValueError("background must be three numbers from 0 to 255")
         if not 1 <= self.max_pixels <= MAX_PIXELS_LIMIT:
             raise ValueError(f"max_pixels must be from 1 to {MAX_PIXELS_LIMIT}")
+        if self.float_range is not None and not -math.inf < self.float_range[0] < self.float_range[1] < math.inf:
+            raise ValueError("float_range must be two numbers, the lower first, or null")
         if not 0 <= self.max_bad <= 1:
             raise ValueError("max_bad must be a share from 0 to 1")
         if self.limit is not None and self.limit < 1:
@@ -92,6 +99,10 @@ class DataConfig(Config):
         sides = [(wide, most // wide) for wide in range(1, most + 1)]
         kept = [each for each in sides if max(each) <= MAX_ASPECT * min(each)]
         return [(wide * unit, high * unit) for wide, high in kept]
+
+    @property
+    def decoding(self) -> Decoding:
+        return Decoding(self.background, self.max_pixels, self.float_range, self.animations)
 
     @property
     def caption_rules(self) -> tuple[str | None, ...]:

@@ -265,6 +265,9 @@ def _group_members(file: io.FileIO, groups: dict[str, list[tarfile.TarInfo]], sc
                 folder, _, last = member.name.rpartition("/")
                 if not member.isreg() or member.issparse():
                     scan.notes["link or special member of a tar, ignored"] += not member.isdir()
+                elif member.name.startswith("/") or ".." in member.name.split("/"):
+                    groups.clear()
+                    return f"refused: the name of a member leads outside ({member.name!a:.80})"
                 elif not last.startswith("."):
                     stem = last.partition(".")[0]
                     groups.setdefault(f"{folder}/{stem}" if folder else stem, []).append(member)
