@@ -319,12 +319,13 @@ def import_(
 ) -> None:
     """Write a pipeline of diffusers (Stable Diffusion 1.x, 2.x, XL, x4 upscaler) as a cascade folder, in float16."""
     from pipelines.fetch import readable as made_readable
-    from pipelines.foreign import load_pipeline
+    from pipelines.foreign import check_target, load_pipeline
 
     with made_readable(source, config, pickles) as readable:
         cascade = load_pipeline(readable)
-        for line in cascade.notes:
-            tell(line)
+        for line in (*cascade.notes, check_target(cascade)):
+            if line:
+                tell(line)
         cascade.save(out)
     typer.echo(str(out))
 

@@ -20,14 +20,16 @@ import diffusers
 import torch
 from torch import nn
 
+from ldm.conditioning import Conditioning
 from ldm.config import UserError
-from ldm.denoiser import CELL_PX, Denoiser
+from ldm.denoiser import CELL_PX, Denoiser, to_target
+from ldm.draws import keyed_generator
 from ldm.interop import read_autoencoder, read_schedule, read_scheduler, read_unet, write_scheduler
 from ldm.latents import CodecConfig, LatentCodec
 from ldm.low_res import LowResConfig
 from ldm.models.autoencoder import build_autoencoder
 from ldm.models.unet import build_unet
-from ldm.noise import NoiseSchedule
+from ldm.noise import NoiseSchedule, per_item
 from ldm.pair_text import PairTextEncoder
 from ldm.text import TextConfig, TextEncoder, load_text_encoder
 from ldm.text_config import TextPart
@@ -44,6 +46,7 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
     XL: {"steps": 50, "guidance": 5.0, "rows": 1},
     UPSCALER: {"steps": 75, "guidance": 9.0, "rows": 1, "level": 20},
 }
+_GIVES_BACK = 0.8
 _UNUSED = ("safety_checker", "feature_extractor", "image_encoder", "watermarker")
 _OLD_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 _PARTS = (*("unet", "vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2"),
@@ -90,6 +93,35 @@ def load_pipeline(folder: str | Path, device: torch.device | str = "cpu") -> Cas
     denoiser = Denoiser(net, NoiseSchedule(said.schedule), said.denoiser).to(device).eval()
     notes = [*said.notes, *([f"{', '.join(unused)}: not used"] if unused else [])]
     return Cascade([Stage(config, denoiser, codec)], text, folder_digest(folder, INDEX, *_PARTS), notes=tuple(notes))
+
+
+@torch.no_grad()
+def check_target(cascade: Cascade) -> str | None:
+    """What speaks against the prediction that the scheduler of a base names; one call of the network tells.
+
+    At the last time almost all of x_t is noise, so that a trained network of eps gives back what it gets, and one of v
+    or x0, all but minus x0 or x0, does not. Raises UserError where a network that gives it back is called one of v or
+    x0; that one of eps does not may also be for want of training, and is said.
+    """
+    stage = cascade.stages[0]
+    target, factor = stage.denoiser.config.target, stage.codec.module.config.factor
+    if stage.config.low_res is not None:
+        return None
+    side = stage.config.resolution_px // factor
+    x = torch.randn(1, stage.config.latent_channels, side, side, generator=keyed_generator("check target"))
+    x, t = x.to(stage.device), torch.ones(1, dtype=torch.float64, device=stage.device)
+    alpha, sigma = (per_item(c, x) for c in stage.denoiser.schedule.alpha_sigma(t))
+    found = stage.denoiser.predict(x, t, Conditioning(*cascade.text.encode([""])).to(stage.device))
+    out = to_target(target, found.x0, found.eps, alpha, sigma)
+    share = float(torch.corrcoef(torch.stack([out.flatten(), x.flatten()]))[0, 1])
+    told = f"on noise alone unet/ gives out what it gets to a correlation of {share:.2f}"
+    if target != "eps" and share > _GIVES_BACK:
+        raise UserError(f"{told}, as a network of eps does, and scheduler/ calls it one of {target}: set "
+                        "prediction_type to epsilon in scheduler/scheduler_config.json")  # fmt: skip
+    if target == "eps" and share < _GIVES_BACK / 2:
+        return (f"{told}; a trained network of eps gives it back: if pictures are wrong, set prediction_type to "
+                "v_prediction in scheduler/scheduler_config.json")  # fmt: skip
+    return None
 
 
 def load_pipeline_text(folder: Path) -> TextEncoder:

@@ -24,6 +24,9 @@ from ldm.config import UserError
 from ldm.weights import check_weights_file, read_header
 from pipelines.foreign import XL, pipeline_class
 
+# empty tensors, by whose names trainers of SDXL say how their networks predict
+_MARKS: dict[str, dict[str, Any]] = {"v_pred": {"prediction_type": "v_prediction"},
+                                     "ztsnr": {"rescale_betas_zero_snr": True}}  # fmt: skip
 _RESNET = {"norm1": "in_layers.0", "conv1": "in_layers.2", "time_emb_proj": "emb_layers.1", "norm2": "out_layers.0",
            "conv2": "out_layers.3", "conv_shortcut": "skip_connection"}  # fmt: skip
 _UNET = {"conv_in": "input_blocks.0.0", "conv_norm_out": "out.0", "conv_out": "out.2", "class_embedding": "label_emb",
@@ -47,10 +50,11 @@ def as_folder(file: Path, like: Path) -> Iterator[Path]:
     """A pipeline folder, there for a while, of a single file; like: a pipeline folder of the same architecture, of
     which configs, tokenizers and the scheduler are taken.
 
-    Raises UserError where the file is none of that architecture, or damaged.
+    What the file's marks say of its scheduler stands above the folder's. Raises UserError where the file is none of
+    that architecture, or damaged.
     """
     check_weights_file(file)
-    read_header(file)
+    marks = _MARKS.keys() & read_header(file).keys()
     made: Any = getattr(diffusers, pipeline_class(like))
     optional = set(made._optional_components) & {"safety_checker", "feature_extractor", "image_encoder"}
     with TemporaryDirectory(prefix="ldm-") as temporary:
@@ -60,6 +64,9 @@ def as_folder(file: Path, like: Path) -> Iterator[Path]:
         except Exception as error:  # of any kind, by what is missing
             told = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise UserError(f"{file}: no single file of the architecture in {like}: {told}") from None
+        marked = {name: value for mark in marks for name, value in _MARKS[mark].items()}
+        if marked:
+            pipeline.scheduler.register_to_config(**marked)
         pipeline.save_pretrained(Path(temporary) / file.stem)
         yield Path(temporary) / file.stem
 
@@ -81,6 +88,10 @@ def write(pipeline: Any, out: Path, dtype: torch.dtype) -> Path:
         parts["cond_stage_model.transformer."] = clip_names(first)
     named = ((prefix + name, value) for prefix, own in parts.items() for name, value in own.items())
     tensors = {name: value.to(dtype).contiguous() for name, value in named}
+    said = pipeline.scheduler.config
+    for mark, settings in _MARKS.items():
+        if xl and all(said.get(name) == value for name, value in settings.items()):
+            tensors[mark] = torch.empty(0, dtype=dtype)
     out.parent.mkdir(parents=True, exist_ok=True)
     partial = out.with_name(f"{out.name}.tmp-{uuid.uuid4().hex[:8]}")
     try:

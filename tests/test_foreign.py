@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import diffusers
@@ -14,14 +15,14 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 from typer.testing import CliRunner
 
 from ldm.cli import app
 from ldm.config import UserError
 from ldm.interop import read_scheduler, write_scheduler
 from pipelines.cascade import Cascade, load_cascade
-from pipelines.foreign import export_pipeline, load_pipeline
+from pipelines.foreign import check_target, export_pipeline, load_pipeline
 from pipelines.images import to_uint8
 from pipelines.settings import SamplingConfig
 from tests.tiny_text import tiny_clip
@@ -224,6 +225,33 @@ def test_import_and_export_keep_the_pictures(
     assert apart(theirs(again)[0], latents) < 1e-5
     with pytest.raises(UserError, match="exists; an export is not written over"):
         export_pipeline(load_cascade(tmp_path / "ours"), tmp_path / "back")
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
+def test_a_prediction_that_the_network_belies(
+    clip: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, prediction: str
+) -> None:
+    """Of noise alone a network of eps gives back what it gets. One that is not trained gives neither."""
+    stock = stable_diffusion(clip, SD1, SCHEDULERS["ddim"](prediction_type=prediction))
+    stock.save_pretrained(tmp_path / "stock")
+    cascade = load_pipeline(tmp_path / "stock")
+    told = check_target(cascade)
+    assert told is None if prediction == "v_prediction" else "a trained network of eps gives it back" in str(told)
+
+    class Echo(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.scale = nn.Parameter(torch.ones(()))
+
+        def forward(self, x: Tensor, *_: Any, **__: Any) -> SimpleNamespace:
+            return SimpleNamespace(sample=self.scale * x)
+
+    monkeypatch.setattr(cascade.stages[0].denoiser, "net", Echo())
+    if prediction == "epsilon":
+        assert check_target(cascade) is None
+    else:
+        with pytest.raises(UserError, match=r"correlation of 1\.00, as a network of eps does, and scheduler/ calls it"):
+            check_target(cascade)
 
 
 def test_autoencoders_of_old_names_load(folder: Path, tmp_path: Path) -> None:

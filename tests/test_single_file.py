@@ -54,6 +54,30 @@ def test_out_and_in_again(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert apart(found, theirs(pipeline)[0]) < 1e-4
 
 
+def test_marks_of_a_v_network_are_written_and_read(tmp_path: Path) -> None:
+    """A file says what the scheduler beside it would not: the folder of its architecture is one of eps."""
+    plain = stock("xl", tmp_path)
+    plain.save_pretrained(tmp_path / "like")
+    settings = {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True}
+    plain.scheduler = type(plain.scheduler).from_config(plain.scheduler.config, **settings)
+    plain.save_pretrained(tmp_path / "v")
+    for words in (["export", str(tmp_path / "v"), str(tmp_path / "v.safetensors"), "--to", "single"],
+                  ["import", str(tmp_path / "v.safetensors"), str(tmp_path / "ours"), "--config",
+                   str(tmp_path / "like")]):  # fmt: skip
+        done = CliRunner().invoke(app, words)
+        assert done.exit_code == 0, (done.output, done.exception)
+    assert {"v_pred", "ztsnr"} <= set(load_file(tmp_path / "v.safetensors"))
+    config = load_cascade(tmp_path / "ours").stages[0].config
+    assert (config.denoiser.target, config.schedule.zero_terminal) == ("v", True)
+    assert {"v_pred", "ztsnr"}.isdisjoint(load_file(write_single(tmp_path / "like", tmp_path / "eps.safetensors")))
+
+
+def write_single(folder: Path, out: Path) -> Path:
+    done = CliRunner().invoke(app, ["export", str(folder), str(out), "--to", "single"])
+    assert done.exit_code == 0, (done.output, done.exception)
+    return out
+
+
 def test_names_are_those_of_the_release(tmp_path: Path) -> None:
     """Of some tensors that everyone knows."""
     stock("sd1", tmp_path).save_pretrained(tmp_path / "stock")
