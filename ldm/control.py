@@ -40,10 +40,10 @@ class ControlConfig(Config):
 
 @dataclass(frozen=True)
 class ControlFile(Config):
-    """control.json: what the network beside it is told, and the codec whose latents it was trained in."""
+    """control.json: what the network beside it is told, and `Codec.latents_digest` of the latents it was trained in."""
 
     control: ControlConfig
-    codec_digest: str
+    latents_digest: str
 
 
 def control_picture(pictures: Tensor, config: ControlConfig) -> Tensor:
@@ -89,10 +89,10 @@ def save_control(control: nn.Module, file: ControlFile, folder: Path) -> None:
 
 
 def load_control(folder: Path, config: UNetConfig, shape: UNetShape, factor: int,
-                 codec_digest: str) -> tuple[ControlNetModel, ControlConfig]:  # fmt: skip
+                 latents_digest: str) -> tuple[ControlNetModel, ControlConfig]:  # fmt: skip
     """Read a folder of `save_control`. Raises UserError where it is none, or of another network or codec."""
     file: ControlFile = parse(ControlFile, read_json(folder / SETTINGS), str(folder / SETTINGS))
-    if file.codec_digest != codec_digest:
+    if file.latents_digest != latents_digest:
         raise UserError(f"{folder}: was trained in the latents of another codec than this model's")
     network = load_network(lambda: build_control(config, shape, factor), folder / FOLDER / NETWORK_FILE)
     return network, file.control

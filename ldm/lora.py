@@ -109,6 +109,7 @@ def merge_lora(networks: Mapping[str, nn.Module], path: Path, weight: float) -> 
         part = "A" if found[3].endswith(("A", "down")) else "B"
         pairs.setdefault((found[1], found[2]), {})[part] = value.float()
     modules = {prefix: dict(network.named_modules()) for prefix, network in networks.items()}
+    fitting = []  # all are looked at before any is changed
     for (prefix, name), pair in pairs.items():
         layer = modules.get(prefix, {}).get(name)
         if not isinstance(layer, (nn.Linear, nn.Conv2d)):
@@ -120,9 +121,11 @@ def merge_lora(networks: Mapping[str, nn.Module], path: Path, weight: float) -> 
         if b.flatten(1).shape[1] != len(a) or whole != tuple(layer.weight.shape):
             raise UserError(f"{file}: {prefix}{name}: shapes {tuple(b.shape)} x {tuple(a.shape)} are not those of its "
                             f"weight {tuple(layer.weight.shape)}")  # fmt: skip
-        with torch.no_grad():
-            change = (b.flatten(1) @ a.flatten(1)).view(whole)
-            layer.weight += scales[prefix] * change.to(layer.weight)
+        fitting.append((layer, scales[prefix], a, b))
+    with torch.no_grad():
+        for layer, scale, a, b in fitting:
+            change = (b.flatten(1) @ a.flatten(1)).view(layer.weight.shape)
+            layer.weight += scale * change.to(layer.weight)
     return hashlib.sha256(file.read_bytes()).hexdigest()
 
 

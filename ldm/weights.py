@@ -23,7 +23,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from ldm.config import Config, UserError, parse, to_dict
-from ldm.latents import CodecConfig, LatentCodec, Normalisation
+from ldm.latents import ENCODER, CodecConfig, LatentCodec, Normalisation
 from ldm.models.autoencoder import build_autoencoder
 from ldm.models.classifier import Classifier, ClassifierConfig
 from ldm.models.clip import Clip, ClipConfig, build_clip, clip_config, clip_settings, tokenizer
@@ -46,6 +46,16 @@ class Codec(NamedTuple):
 
     module: LatentCodec
     digest: str
+
+    @property
+    def latents_digest(self) -> str:
+        """The digest of what latents depend on: its config, and of its network the encoder, as float16. Codecs that
+        differ in their decoders alone share it."""
+        digest = hashlib.sha256(json.dumps(to_dict(self.module.config)).encode())
+        for name, value in sorted(self.module.state_dict().items()):
+            if name.startswith(ENCODER):
+                digest.update(name.encode() + value.detach().half().cpu().numpy().tobytes())
+        return digest.hexdigest()
 
 
 def read_header(path: Path) -> dict[str, tuple[int, ...]]:
@@ -257,7 +267,7 @@ class NoisyClassifierFile(Config):
     latent_channels: int
     schedule: NoiseScheduleConfig
     normalisation: Normalisation
-    codec_digest: str
+    latents_digest: str
 
 
 def save_noisy_classifier(classifier: NoisyClassifier, file: NoisyClassifierFile, folder: Path) -> None:

@@ -25,7 +25,6 @@ from torch import Tensor
 from ldm.conditioning import Conditioning
 from ldm.config import Config, UserError, apply_override, parse, to_dict
 from ldm.denoiser import Denoiser
-from ldm.latents import ENCODER
 from ldm.lora import PREFIX, merge_lora, text_networks
 from ldm.models.unet import build_unet
 from ldm.noise import NoiseSchedule
@@ -349,21 +348,11 @@ def join(folders: Sequence[str | Path], out: str | Path, codec: str | Path | Non
 
 def _with_codec(stages: Sequence[Stage], codec: Codec, name: str) -> list[Stage]:
     """Stages with another codec, where that encodes to the same latents."""
-
-    def encoder(of: Codec) -> dict[str, Tensor]:
-        return {key: value for key, value in of.module.state_dict().items() if key.startswith(ENCODER)}
-
-    new, changed = encoder(codec), 0
-    found = []
-    for stage in stages:
-        old = encoder(stage.codec)
-        same = stage.codec.module.config == codec.module.config and bool(old) and all(
-            torch.equal(value, new[key]) for key, value in old.items())  # fmt: skip
-        found.append(replace(stage, codec=codec) if same else stage)
-        changed += same
-    if not changed:
+    fits = [stage.codec.module.autoencoder is not None and stage.codec.latents_digest == codec.latents_digest
+            for stage in stages]  # fmt: skip
+    if not any(fits):
         raise UserError(f"{name}: no stage draws in the latents of this encoder")
-    return found
+    return [replace(stage, codec=codec) if same else stage for stage, same in zip(stages, fits, strict=True)]
 
 
 def _codec_names(name: str) -> Iterator[str]:

@@ -36,7 +36,7 @@ def controlled(cascade: Cascade, request: ControlRequest, tell: Callable[[str], 
         raise UserError(f"--control-scale {request.scale:g}: must be from 0 to {MAX_SCALE:g}")
     stage, folder = cascade.stages[0], Path(request.network)
     config, factor = stage.config, stage.codec.module.config.factor
-    network, told = load_control(folder, config.unet, config.shape(factor), factor, stage.codec.digest)
+    network, told = load_control(folder, config.unet, config.shape(factor), factor, stage.codec.latents_digest)
     pixels, digest = read_file(Path(request.picture), tell)
     square = torch.from_numpy(squared(pixels, config.resolution_px)).permute(2, 0, 1)[None].float() / 127.5 - 1
     denoiser = Denoiser(stage.denoiser.net, stage.denoiser.schedule, stage.denoiser.config)

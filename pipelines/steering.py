@@ -77,8 +77,10 @@ def steering(request: SteeringRequest, stage: Stage, prompts: Sequence[str]) -> 
 def toward_classes(folder: str | Path, stage: Stage, wanted: Mapping[str, Sequence[str]], scale: float) -> Steering:
     """Classifier guidance; wanted: of each label, the class of each picture. Raises UserError as `steering`."""
     network, file = load_noisy_classifier(folder)
-    for name in ("schedule", "normalisation", "codec_digest"):
-        if getattr(file, name) != getattr(stage.config, name):
+    own = {"schedule": stage.config.schedule, "normalisation": stage.config.normalisation,
+           "latents_digest": stage.codec.latents_digest}  # fmt: skip
+    for name, value in own.items():
+        if getattr(file, name) != value:
             raise UserError(f"{folder}: was trained on another {name} than stage {stage.config.name} has; train one "
                             "for this model (kind: noisy_classifier)")  # fmt: skip
     places = {}

@@ -170,11 +170,13 @@ def test_what_does_not_fit_is_refused_by_name(folder: Path, tiny_folder: Path, t
         "which is no matrix": {first: torch.ones(3)},
         "are not those of its weight": {n: torch.ones(3, 3) for n in (first, first.replace("lora_A", "lora_B"))},
     }
+    before = {name: value.clone() for name, value in net.state_dict().items()}
     for reason, state in cases.items():
         wrong = tmp_path / "wrong.safetensors"
-        save_file(state, wrong)
+        save_file({name: value for name, value in tensors.items() if not name.startswith(first[:-15])} | state, wrong)
         with pytest.raises(UserError, match=reason):
             merge_lora({PREFIX: net}, wrong, 1.0)
+        assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
     with pytest.raises(UserError, match="no such file"):
         merge_lora({PREFIX: net}, tmp_path / "nothing.safetensors", 1.0)
     shutil.copyfile(file, tmp_path / "lora.bin")

@@ -143,8 +143,8 @@ def test_a_classifier_of_another_stage_or_without_the_class_is_refused(trained: 
     file = trained / "config.json"
     told = json.loads(file.read_text())
     try:
-        file.write_text(json.dumps(told | {"codec_digest": "another"}))
-        with pytest.raises(UserError, match="was trained on another codec_digest"):
+        file.write_text(json.dumps(told | {"latents_digest": "another"}))
+        with pytest.raises(UserError, match="was trained on another latents_digest"):
             steering(SteeringRequest(trained, ["style=noto"]), stage, [PROMPT])
     finally:
         file.write_text(json.dumps(told))

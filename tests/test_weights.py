@@ -292,6 +292,18 @@ def test_a_codec_comes_back_as_its_float16_rounding(codec_folder: Path) -> None:
     assert codec_digest(codec_folder.with_name("again")) == digest
 
 
+def test_codecs_that_encode_alike_share_the_digest_of_their_latents(codec_folder: Path) -> None:
+    digest = load_codec(codec_folder).latents_digest
+    for part, same in (("decoder.conv_in.bias", True), ("encoder.conv_in.bias", False)):
+        codec = load_codec(codec_folder)
+        assert codec.module.autoencoder is not None
+        codec.module.autoencoder.get_parameter(part).add_(1)
+        assert (codec.latents_digest == digest) is same, part
+        save_codec(codec.module, codec_folder.with_name("other"))
+        assert (load_codec(codec_folder.with_name("other")).latents_digest == digest) is same, part
+    assert codec_digest(codec_folder.with_name("other")) != codec_digest(codec_folder)
+
+
 @pytest.mark.parametrize("part", ["config.json", "vae/config.json", f"vae/{NETWORK_FILE}"])
 def test_the_digest_tells_of_every_byte(codec_folder: Path, part: str) -> None:
     before = codec_digest(codec_folder)

@@ -45,7 +45,7 @@ def evaluate(model: str | Path, data: str | Path, control: str | Path, out: str 
     cascade = load_cascade(model, device or ("cuda" if torch.cuda.is_available() else "cpu"))
     stage = cascade.stages[0]
     config, factor = stage.config, stage.codec.module.config.factor
-    network, told = load_control(Path(control), config.unet, config.shape(factor), factor, stage.codec.digest)
+    network, told = load_control(Path(control), config.unet, config.shape(factor), factor, stage.codec.latents_digest)
     reader = Reader(DataConfig(path=str(data), split=split, size_px=config.resolution_px))
     count = min(pictures, len(reader.rows))
     rows = [reader.rows[k * len(reader.rows) // count] for k in range(count)]

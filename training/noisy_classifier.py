@@ -97,7 +97,7 @@ class NoisyClassifierTask:
         classifier = NoisyClassifier(config.classifier, stage.config.latent_channels, classes)
         self._file = NoisyClassifierFile(config.classifier, classes, stage.config.latent_channels,
                                          stage.config.schedule, stage.config.normalisation,
-                                         stage.config.codec_digest)  # fmt: skip
+                                         stage.codec.latents_digest)  # fmt: skip
         if config.init is not None:
             released, file = load_noisy_classifier(config.init)
             if file != self._file:

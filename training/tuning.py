@@ -50,7 +50,7 @@ class _Lora:
 class _Control:
     def __init__(self, config: ControlConfig, denoiser: Denoiser, unet: UNetConfig, shape: UNetShape,
                  codec: Codec) -> None:  # fmt: skip
-        self.file = ControlFile(config, codec.digest)
+        self.file = ControlFile(config, codec.latents_digest)
         denoiser.net.requires_grad_(False)
         denoiser.control = copied_control(denoiser.net, unet, shape, codec.module.config.factor)
 
