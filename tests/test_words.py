@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from itertools import pairwise
 from pathlib import Path
@@ -174,6 +175,12 @@ def test_a_run_of_a_word_resumes_bit_for_bit(pictures: Path, tiny_folder: Path, 
     shutil.rmtree(tmp_path / "parts/checkpoints/step-000000000064")
     parts = train(config, tmp_path / "parts", short)
     assert (whole / WORDS_FILE).read_bytes() == (parts / WORDS_FILE).read_bytes()
+    record = tmp_path / "parts/cache.json"
+    told = json.loads(record.read_text(encoding="utf-8"))
+    assert told["text"] == load_cascade(tiny_folder).text.digest
+    record.write_text(json.dumps(told | {"text": "another"}), encoding="utf-8")
+    with pytest.raises(UserError, match="was trained on other data, codec or text encoder"):
+        train(config, tmp_path / "parts", short)
 
 
 def test_only_the_word_is_trained(tiny_folder: Path, pictures: Path, tmp_path: Path) -> None:

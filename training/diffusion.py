@@ -228,6 +228,9 @@ class DiffusionTask:
                            missing_caption="auto")  # fmt: skip
             prior = encode(Reader(kind, shard_items=config.shard_items), config.cache, *cached)
             self.cache = Mixed(own, prior, config.prior.share)
+        if self._told is not None:  # its states are in no cache, and it decides them all the same
+            key = self.cache.manifest["key"]
+            self.cache.manifest["key"] = {**key, "text": text.digest}
         self._codec, self._text, self._preview = codec, text, config.preview
         self._chosen = config.validation.chosen(self.held_out)
         shape = codec.module.config
