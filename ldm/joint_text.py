@@ -18,7 +18,33 @@ from ldm.text import ROWS, TextConfig, TextEncoder
 _FILLER = -1  # a token of an encoder that keeps all its states, beyond the caption's own
 
 
-class JointTextEncoder(TextEncoder):
+class SeveralTextEncoders(TextEncoder):
+    """What encoders made of others, `parts`, have in common; `said` is what decides states beside them."""
+
+    def __init__(self, config: TextConfig, parts: Sequence[TextEncoder], *said: str) -> None:
+        self.config = config
+        self.parts = list(parts)
+        self.files = {f"{i}/{name}": path for i, part in enumerate(parts) if part.config.path is not None
+                      for name, path in part.files.items()}  # fmt: skip
+        told = [*said, *(part.digest for part in parts)]
+        self.digest = hashlib.sha256("\n".join(told).encode()).hexdigest()
+        self.device = parts[0].device
+        self.module = nn.ModuleList([part.module for part in parts])
+
+    def groups(self, tokens: Sequence[list[int]]) -> list[list[int]]:
+        """Indices of all captions in groups of at most ROWS."""
+        return [list(range(a, min(a + ROWS, len(tokens)))) for a in range(0, len(tokens), ROWS)]
+
+    def learn(self, word: str, rows: Tensor) -> None:
+        """Raises UserError: no word stands in several encoders' tables."""
+        raise UserError(f"{word!a}: several text encoders together learn no words; use one alone")
+
+    def beginnings(self, caption: str, count: int) -> Tensor:
+        """Raises UserError, as `learn`."""
+        raise UserError("inversion: several text encoders together learn no words; use one alone")
+
+
+class JointTextEncoder(SeveralTextEncoders):
     """A `TextEncoder` made of others. Those that keep all their states come first, so that a caption's real tokens
     stand in one row; at most the last tells its padding apart, and then the whole does.
 
@@ -31,16 +57,10 @@ class JointTextEncoder(TextEncoder):
             kinds = ", ".join(part.config.kind for part in parts)
             raise UserError(f"text.parts are {kinds}: only the last may be of a kind that leaves out padding (minilm, "
                             "bert, t5); put clip and open_clip before it")  # fmt: skip
-        self.config = config
-        self.parts = list(parts)
+        super().__init__(config, parts, "joint")
         self.width = max(part.width for part in parts)
         self.max_tokens = sum(part.max_tokens for part in parts)
         self.uses_mask = masked[-1]
-        self.files = {f"{i}/{name}": path for i, part in enumerate(parts) if part.config.path is not None
-                      for name, path in part.files.items()}  # fmt: skip
-        self.digest = hashlib.sha256("\n".join(["joint", *(part.digest for part in parts)]).encode()).hexdigest()
-        self.device = parts[0].device
-        self.module = nn.ModuleList([part.module for part in parts])
 
     def tokens(self, captions: Sequence[str]) -> list[list[int]]:
         """Token ids of each caption, encoder after encoder: all positions of those that keep all, then the last's."""
@@ -54,16 +74,8 @@ class JointTextEncoder(TextEncoder):
         """Indices of all captions in groups for `states`, as the last encoder groups them."""
         last = self.parts[-1]
         if not last.uses_mask:
-            return [list(range(a, min(a + ROWS, len(tokens)))) for a in range(0, len(tokens), ROWS)]
+            return super().groups(tokens)
         return last.groups([ids[self.max_tokens - last.max_tokens :] for ids in tokens])
-
-    def learn(self, word: str, rows: Tensor) -> None:
-        """Raises UserError: no word stands in several encoders' tables."""
-        raise UserError(f"{word!a}: a joint text encoder learns no words; use one encoder alone")
-
-    def beginnings(self, caption: str, count: int) -> Tensor:
-        """Raises UserError, as `learn`."""
-        raise UserError("inversion: a joint text encoder learns no words; use one encoder alone")
 
     def states(self, tokens: list[list[int]]) -> Tensor:
         """One call of each network: a group of at most ROWS captions -> states (len(tokens), length, D)."""

@@ -6,19 +6,19 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import pad
 
 from ldm.config import UserError
+from ldm.joint_text import SeveralTextEncoders
 from ldm.text import ROWS, TextConfig, TextEncoder
 
 
-class PairTextEncoder(TextEncoder):
+class PairTextEncoder(SeveralTextEncoders):
     """A `TextEncoder` made of two of kind clip, the second with a projection; pooled: the width P of what that gives.
 
     Raises UserError where the second has no projection, or they keep other numbers of states.
@@ -26,8 +26,7 @@ class PairTextEncoder(TextEncoder):
 
     def __init__(self, config: TextConfig, parts: Sequence[TextEncoder]) -> None:
         first, second = parts
-        self.config = config
-        self.parts = [first, second]
+        super().__init__(config, parts, "clip_pair", str(config.empty_is_zero))
         self.pooled = int(getattr(second.module.config, "projection_dim", 0))
         if first.max_tokens != second.max_tokens or first.config.kind != "clip":
             raise UserError("text.parts of a clip_pair: two encoders of kind clip with as many positions, the second "
@@ -37,11 +36,6 @@ class PairTextEncoder(TextEncoder):
             raise UserError(f"text.parts: a pooled text of {self.pooled} does not fit states of {self.width}")
         self.max_tokens = first.max_tokens + 1
         self.uses_mask = False
-        self.files = {f"{i}/{name}": path for i, part in enumerate(parts) for name, path in part.files.items()}
-        told = ["clip_pair", str(config.empty_is_zero), *(part.digest for part in parts)]
-        self.digest = hashlib.sha256("\n".join(told).encode()).hexdigest()
-        self.device = first.device
-        self.module = nn.ModuleList([part.module for part in parts])
         self._empty = self.tokens([""])[0]
 
     def tokens(self, captions: Sequence[str]) -> list[list[int]]:
@@ -51,18 +45,6 @@ class PairTextEncoder(TextEncoder):
             for row, ids in zip(found, part.tokens(captions), strict=True):
                 row += [*ids, *[part.pad_id] * (part.max_tokens - len(ids))]
         return found
-
-    def groups(self, tokens: Sequence[list[int]]) -> list[list[int]]:
-        """Indices of all captions in groups of at most ROWS."""
-        return [list(range(a, min(a + ROWS, len(tokens)))) for a in range(0, len(tokens), ROWS)]
-
-    def learn(self, word: str, rows: Tensor) -> None:
-        """Raises UserError: a word would need embeddings of both."""
-        raise UserError(f"{word!a}: a pair of text encoders learns no words")
-
-    def beginnings(self, caption: str, count: int) -> Tensor:
-        """Raises UserError, as `learn`."""
-        raise UserError("inversion: a pair of text encoders learns no words")
 
     def states(self, tokens: list[list[int]]) -> Tensor:
         """One call of each network: at most ROWS captions -> states (len(tokens), L + 1, D)."""

@@ -166,9 +166,9 @@ def test_what_cannot_be_is_refused(folder: Path, tmp_path: Path, tiny_folder: Pa
     stage = load_pipeline(folder).stages[0]
     with pytest.raises(UserError, match="control: a network that is told of sizes"):
         copied_control(stage.denoiser.net, stage.config.unet, stage.config.shape(8), 8)
-    with pytest.raises(UserError, match="a pair of text encoders learns no words"):
+    with pytest.raises(UserError, match="several text encoders together learn no words"):
         load_pipeline(folder).text.learn("zorp", torch.zeros(1, 16))
-    with pytest.raises(UserError, match="inversion: a pair of text encoders learns no words"):
+    with pytest.raises(UserError, match="inversion: several text encoders together learn no words"):
         load_pipeline(folder).text.beginnings("cat", 1)
     with pytest.raises(ValueError, match="sizes and pooled go together"):
         UNetConfig(sizes=4)

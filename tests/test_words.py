@@ -86,7 +86,7 @@ def test_rows_of_another_width_are_refused(encoder: TextEncoder) -> None:
 def test_several_encoders_learn_no_words(tmp_path: Path) -> None:
     parts = [load_text_encoder(TextConfig(kind="clip", path=str(tiny_clip(tmp_path / "clip"))))] * 2
     joint = JointTextEncoder(TextConfig(kind="joint", parts=(parts[0].config, parts[0].config)), parts)
-    with pytest.raises(UserError, match="a joint text encoder learns no words"):
+    with pytest.raises(UserError, match="several text encoders together learn no words"):
         joint.learn("zorp", rows(1))
 
 
