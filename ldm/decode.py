@@ -71,13 +71,14 @@ class Decoding:
 
     background: what transparency is composited on; max_pixels: of a larger one nothing is decoded; float_range: the
     values that are black and white in pictures of floats, which are bad without; animations: their first frame is
-    taken, or they are bad.
+    taken, or they are bad; transparency: composited, and as a mask kept beside that.
     """
 
     background: tuple[int, int, int] = (255, 255, 255)
     max_pixels: int = 64_000_000
     float_range: tuple[float, float] | None = None
     animations: Literal["first", "skip"] = "first"
+    transparency: Literal["composite", "mask"] = "composite"
 
 
 _AS_IT_COMES = Decoding()
@@ -92,7 +93,7 @@ def read_image(source: str | Path | Source, how: Decoding = _AS_IT_COMES) -> tup
 
     A damaged JPEG that still decodes cannot be told from a good one.
     """
-    image, notes = _decode(_read(source, how.max_pixels), how)
+    image, _, notes = _decode(_read(source, how.max_pixels), how)
     return np.array(image, dtype=np.uint8), notes
 
 
@@ -107,13 +108,20 @@ def read_layers(
 
 def try_fit(source: Source | str, shapes: Sequence[Shape], how: Decoding) -> tuple[Pixels, list[str]] | str:
     """`read_image`, cropped and shrunk to that of `shapes` (width, height) which is nearest to its own: pixels and
-    notes, or the reason why not; a str is one that is known already."""
+    notes, or the reason why not; a str is one that is known already. Of transparency as a mask, pixels have a fourth
+    channel, 255 where all is opaque."""
     if isinstance(source, str):
         return source
     try:
-        image, notes = _decode(_read(source, how.max_pixels), how)
+        image, alpha, notes = _decode(_read(source, how.max_pixels), how)
         width, height = min(shapes, key=lambda shape: abs(math.log(shape[0] * image.height / shape[1] / image.width)))
-        return _fitted(image, width, height), notes
+        pixels = _fitted(image, width, height)
+        if how.transparency == "composite":
+            return pixels, notes
+        opaque = _fitted(alpha or Image.new("L", image.size, 255), width, height)
+        if not opaque.any():
+            raise BadImage("nothing of it is opaque")
+        return np.dstack([pixels, opaque]), notes
     except BadImage as error:
         return str(error)
 
@@ -140,13 +148,13 @@ def _fitted(image: Image.Image, width: int, height: int) -> Pixels:
     return np.array(image.reduce((wide // width, high // height), box))
 
 
-def _decode(data: bytes, how: Decoding) -> tuple[Image.Image, list[str]]:
-    """The bytes of a file -> upright picture of mode RGB, and notes."""
+def _decode(data: bytes, how: Decoding) -> tuple[Image.Image, Image.Image | None, list[str]]:
+    """The bytes of a file -> upright picture of mode RGB, the alpha composited into it, and notes."""
     notes: list[str] = []
     colour, alpha = _layers(data, how, notes)
     if alpha is not None:
         notes.append("transparency composited on the background")
-    return _composited(colour, alpha, how.background), notes
+    return _composited(colour, alpha, how.background), alpha, notes
 
 
 def _composited(colour: Image.Image, alpha: Image.Image | None, background: tuple[int, int, int]) -> Image.Image:

@@ -257,17 +257,17 @@ class Denoiser(nn.Module):
         x0 = prediction.x0.clamp(-self.config.clip_x0, self.config.clip_x0)
         return prediction._replace(x0=x0, eps=(x_t - alpha * x0) / sigma)
 
-    def loss(self, x0: Tensor, eps: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
+    def loss(self, x0: Tensor, eps: Tensor, t: Tensor, cond: Conditioning, cells: Tensor | None = None) -> Tensor:
         """What training minimises, per item: (B,), float32 (float64 for float64 data).
 
         The weighted `error`; for the learned weighting error / exp(u) + u, which can be negative; with a learned
-        variance, `bound_share` times the step's part of the bound more.
+        variance, `bound_share` times the step's part of the bound more, in which all cells count alike.
         """
         schedule = self.schedule
         alpha, sigma = schedule.alpha_sigma(t)
         x_t = per_item(alpha, x0) * x0 + per_item(sigma, x0) * eps
         out = self._run(x_t, t, cond)
-        error = self._error(out, x0, eps, t, alpha, sigma)
+        error = self._error(out, x0, eps, t, alpha, sigma, cells)
         if self.uncertainty is not None:
             u = self.uncertainty(schedule.log_snr(t))
             loss = error * torch.exp(-u) + u
@@ -285,16 +285,23 @@ class Denoiser(nn.Module):
             loss = loss + self.config.bound_share * schedule.steps * kl
         return loss
 
-    def error(self, x0: Tensor, eps: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
-        """Mean squared error of the target per item, whatever the weighting: (B,), dtype as `loss`."""
-        out = self._run(self.schedule.add_noise(x0, eps, t), t, cond)
-        return self._error(out, x0, eps, t, *self.schedule.alpha_sigma(t))
+    def error(self, x0: Tensor, eps: Tensor, t: Tensor, cond: Conditioning, cells: Tensor | None = None) -> Tensor:
+        """Mean squared error of the target per item, whatever the weighting: (B,), dtype as `loss`.
 
-    def _error(self, out: Tensor, x0: Tensor, eps: Tensor, t: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
+        cells: how much each counts in that mean, (B, 1, *grid), of each item more than 0 in all; by default all alike.
+        """
+        out = self._run(self.schedule.add_noise(x0, eps, t), t, cond)
+        return self._error(out, x0, eps, t, *self.schedule.alpha_sigma(t), cells)
+
+    def _error(self, out: Tensor, x0: Tensor, eps: Tensor, t: Tensor, alpha: Tensor, sigma: Tensor,
+               cells: Tensor | None) -> Tensor:  # fmt: skip
         alpha, sigma = per_item(alpha, x0), per_item(sigma, x0)
         wanted = to_target(self.config.target, x0, eps, alpha, sigma, self._mean_for(x0, t))
         difference = out[:, : x0.shape[1]] - wanted
-        return (difference**2).flatten(1).mean(1)
+        if cells is None:
+            return (difference**2).flatten(1).mean(1)
+        squares, cells = (difference**2).mean(1).flatten(1), cells.flatten(1)
+        return (cells * squares).sum(1) / cells.sum(1)
 
     def _predicted(self, out: Tensor, x_t: Tensor, t: Tensor) -> Prediction:
         """x0, eps, and what the channels beyond those of x_t say of the variance."""

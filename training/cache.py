@@ -1,8 +1,9 @@
 """The cache of what never changes in training: its format, key, manifest and the one reader.
 
     CACHE/<key>/shard-00000.safetensors  `pixels` (n, S, S, 3) uint8 or `moments` (n, 2C, h, w) float16 of block 0;
-                                         with a scale also `low_res` (n, S / scale, S / scale, 3) uint8; of pictures
-                                         of several shapes each flat, with zeros up to the length of a square's
+                                         with a scale also `low_res` (n, S / scale, S / scale, 3) uint8; where
+                                         transparency is a mask also `opaque` (n, S, S) uint8; of pictures of several
+                                         shapes each flat, with zeros up to the length of a square's
     CACHE/<key>/shard-00000.json         its items (key, captions, fields), refused samples, sums; written after them
     CACHE/<key>/text-00000.safetensors   of CAPTION_BLOCK distinct captions: `states` (tokens, D) float16 end to end,
                                          `offsets` (captions + 1,) int64; caption 0 is the empty one, the null
@@ -62,6 +63,17 @@ class CacheKey:
     text: str | None
     scale: int | None = None
     bucket_px: int | None = None
+
+    @property
+    def masked(self) -> bool:
+        """Whether what is opaque of the pictures is kept too."""
+        return self.decoding.transparency == "mask"
+
+    @property
+    def tensors(self) -> list[str]:
+        """The names of what a shard holds."""
+        first = "pixels" if self.codec is None else "moments"
+        return [first, *(["low_res"] if self.scale else []), *(["opaque"] if self.masked else [])]
 
     @property
     def digest(self) -> str:
@@ -134,6 +146,8 @@ class Items(Protocol):
 
     def low_res(self, indices: Sequence[int]) -> Tensor: ...
 
+    def opaque(self, indices: Sequence[int]) -> Tensor: ...
+
     def captions(self, index: int) -> list[int]: ...
 
     def record(self, index: int) -> dict[str, Any]: ...
@@ -183,7 +197,7 @@ class Cache:
         shapes: (items, 3) of these tensors, where they differ; None for squares. Items asked for together must be of
         one shape.
         """
-        found = self._rows("pixels" if self.key.codec is None else "moments", indices)
+        found = self._rows(self.key.tensors[0], indices)
         if self.shapes is None:
             return found
         shape, *others = torch.unique(self.shapes[list(indices)], dim=0).tolist()
@@ -194,6 +208,10 @@ class Cache:
     def low_res(self, indices: Sequence[int]) -> Tensor:
         """The small pictures of items, stacked: (B, s, s, 3) uint8; of a cache with a scale."""
         return self._rows("low_res", indices)
+
+    def opaque(self, indices: Sequence[int]) -> Tensor:
+        """What is opaque of items, stacked: (B, S, S) uint8; of a cache where transparency is a mask."""
+        return self._rows("opaque", indices)
 
     def _rows(self, name: str, indices: Sequence[int]) -> Tensor:
         found = []

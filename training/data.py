@@ -9,6 +9,8 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from typing import Any
 
+import numpy as np
+
 from ldm.config import UserError
 from ldm.decode import Pixels, read_image, square, try_fit
 from ldm.file_kinds import BadImage
@@ -25,12 +27,13 @@ __all__ = [
 @dataclass(frozen=True)
 class Example:
     """A checked sample: `pixels` uint8 (size_px, size_px, 3) sRGB, or (H, W, 3) of one of the data's `shapes`; one or
-    more captions, maybe empty."""
+    more captions, maybe empty. opaque: where transparency is a mask, uint8 (size_px, size_px), 255 for all."""
 
     pixels: Pixels
     captions: tuple[str, ...]
     key: str
     fields: dict[str, Any]
+    opaque: Pixels | None = None
 
 
 @dataclass
@@ -124,7 +127,7 @@ class Reader:
                 continue
             report.kept += 1
             report.notes.update(set(found[1]))
-            yield Example(found[0], row.captions, row.key, row.fields)
+            yield _example(row, found[0])
         if block is self.blocks[0]:
             self.judge(report, final=False)
 
@@ -133,7 +136,7 @@ class Reader:
         found = self._read(row.fault or self._collection.source(row))
         if isinstance(found, str):
             raise BadImage(found)
-        return Example(found[0], row.captions, row.key, row.fields)
+        return _example(row, found[0])
 
     def judge(self, report: Report, final: bool) -> None:
         """Raise UserError if more than `max_bad` of the set, or all of it, is bad by this report.
@@ -194,6 +197,11 @@ class Reader:
                     "SIGKILL is what a lack of memory looks like: lower data.workers. Else remove the file"
                 ) from None
             yield f"reading took over {self.config.read_timeout_s:g} s" if isinstance(found, Slow) else found
+
+
+def _example(row: Row, pixels: Pixels) -> Example:
+    opaque = pixels[..., 3] if pixels.shape[2] > 3 else None
+    return Example(np.ascontiguousarray(pixels[..., :3]), row.captions, row.key, row.fields, opaque)
 
 
 def rows(config: DataConfig) -> list[Row]:

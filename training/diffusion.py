@@ -107,12 +107,14 @@ class DiffusionRun(StageRun):
     inversion: InversionConfig | None = None
     prior: PriorConfig | None = None
 
-    SHAPES = True
+    SHAPES = MASKS = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.data.bucket_px is not None and (self.inpainting or self.low_res is not None):
             raise ValueError("data.bucket_px is of a base that is not of inpainting: the others see squares")
+        if self.data.transparency == "mask" and (self.low_res is not None or self.denoiser.variance == "learned"):
+            raise ValueError("data.transparency as a mask is of a base's training, with denoiser.variance fixed")
         if self.inpainting and self.low_res is not None:
             raise ValueError("inpainting is of a base: a stage that enlarges is told of a small picture")
         tuned = [part for part in (self.lora, self.control, self.inversion) if part is not None]
@@ -208,7 +210,8 @@ class DiffusionModule(StepModule):
         if self.frozen.told is not None:
             self.teach()
             cond = cond.join(self.frozen.told(drawn.captions))
-        inputs = DiffusionInputs(drawn.x0.to(device), drawn.eps.to(device), drawn.t, cond)
+        opaque = None if drawn.opaque is None else drawn.opaque.to(device)
+        inputs = DiffusionInputs(drawn.x0.to(device), drawn.eps.to(device), drawn.t, cond, opaque)
         return diffusion_step(self.denoiser, inputs)
 
 

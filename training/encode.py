@@ -31,7 +31,7 @@ from ldm.text import TextEncoder
 from ldm.weights import Codec
 from training.cache import CAPTION_BLOCK, FORMAT, INDEX, MANIFEST, Cache, CacheKey, save_rows, shard_name, text_name
 from training.data import BadImage, Block, Example, Reader, Report, Row
-from training.encoders import LatentSums, caption_states, flat, picture_tensors, small_pictures
+from training.encoders import LatentSums, beside, caption_states, flat, picture_tensors
 from training.files import lock, sha256, sweep, write_atomically
 from training.processes import process_state
 from training.rows import shown
@@ -190,7 +190,6 @@ class _Job:
     def _write_shard(self, number: int, block: Block, advance: Callable[[], None]) -> dict[str, Any]:
         report, sums = Report(), LatentSums()
         items: list[dict[str, Any]] = []
-        names = ["moments" if self.codec else "pixels", *(["low_res"] if self.key.scale else [])]
         codec = self.codec.module if self.codec else None
 
         def tensors() -> Iterator[list[Tensor]]:
@@ -204,13 +203,13 @@ class _Job:
                         advance()
                     if shape:
                         tensor = flat(tensor, self.key.size_px, codec)
-                    yield [tensor, *([small_pictures(group, self.key.scale)] if self.key.scale else [])]
+                    yield [tensor, *beside(group, self.key)]
 
         def facts() -> dict[str, Any]:
             seen = {"block": block.name, "seen": report.seen, "refused": report.bad}
             return {**seen, "items": items, "sums": sums.plain()}
 
-        return self._write_part(shard_name(number), lambda path: save_rows(path, names, tensors()), facts)
+        return self._write_part(shard_name(number), lambda path: save_rows(path, self.key.tensors, tensors()), facts)
 
     def _write_text(self, number: int, captions: list[str]) -> None:
         assert self.text is not None
@@ -338,7 +337,8 @@ def plan(reader: Reader, codec: Codec | None, text: TextEncoder | None, scale: i
     sample = [row for rows in found for row in rows[:: -(-len(rows) // each) or 1]]
     costs = _measure(reader, scanned, sample, codec, text)
     small = 3 * (reader.config.size_px // scale) ** 2 if scale else 0
-    costs = replace(costs, tensor=costs.tensor + small)
+    opaque = reader.config.size_px**2 if reader.config.transparency == "mask" else 0
+    costs = replace(costs, tensor=costs.tensor + small + opaque)
     total = reader.total or round(len(scanned) / len(blocks) * len(reader.blocks))
     about = "" if reader.total is not None else "about "
     hours = 1e9 * costs.seconds / 3600

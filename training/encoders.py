@@ -22,6 +22,7 @@ from ldm.draws import keyed_generator
 from ldm.latents import LatentCodec, sample_moments
 from ldm.low_res import DegradationConfig, degrade
 from ldm.text import TextEncoder
+from training.cache import CacheKey
 from training.data import Example
 from training.rows import shown
 
@@ -95,6 +96,17 @@ def flat(tensor: Tensor, size_px: int, codec: LatentCodec | None) -> Tensor:
 def small_pictures(examples: Sequence[Example], scale: int) -> Tensor:
     """What a cache keeps of the low-resolution pictures of a group: uint8 (B, S / scale, S / scale, 3), by area."""
     return degrade(torch.from_numpy(np.stack([e.pixels for e in examples])), scale, DegradationConfig())
+
+
+def opaque_parts(examples: Sequence[Example]) -> Tensor:
+    """What is opaque of a group: uint8 (B, S, S), 255 for all; of data whose transparency is a mask."""
+    return torch.from_numpy(np.stack([e.opaque for e in examples if e.opaque is not None]))
+
+
+def beside(examples: Sequence[Example], key: CacheKey) -> list[Tensor]:
+    """The tensors of a group after the first of `key.tensors`."""
+    small = [small_pictures(examples, key.scale)] if key.scale else []
+    return [*small, *([opaque_parts(examples)] if key.masked else [])]
 
 
 def caption_states(text: TextEncoder, captions: Sequence[str]) -> list[Tensor]:

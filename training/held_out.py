@@ -14,7 +14,7 @@ from ldm.draws import keyed_generator
 from ldm.inpainting import condition_known
 from training.cache import Items
 from training.stages import EVALUATION_ROWS
-from training.steps import Frozen, condition_pictures, planes, raw_latents, small_pictures
+from training.steps import Frozen, condition_pictures, opaque_cells, planes, raw_latents, small_pictures
 
 EVALUATION_LEVELS = (10, 30, 50, 70, 90)  # hundredths of t
 
@@ -29,11 +29,14 @@ def errors_by_level(denoiser: Denoiser, frozen: Frozen, cache: Items, chosen: Se
     for start in range(0, len(chosen), EVALUATION_ROWS):
         indices = chosen[start : start + EVALUATION_ROWS]
         x0, cond = evaluation_inputs(cache, indices, frozen, told)
+        opaque = opaque_cells(cache, indices, x0.shape)
+        opaque = None if opaque is None else opaque.to(device)
         for level in levels:
             generators = [keyed_generator(0, "evaluation", level, i) for i in indices]
             draws = torch.stack([torch.randn(x0.shape[1:], generator=g) for g in generators])
             t = torch.full((len(x0),), level / 100, dtype=torch.float64)
-            found[level].append(denoiser.error(x0.to(device), draws.to(device), t, cond.to(device)).cpu())
+            error = denoiser.error(x0.to(device), draws.to(device), t, cond.to(device), opaque)
+            found[level].append(error.cpu())
     return {level: torch.cat(parts) for level, parts in found.items()}
 
 

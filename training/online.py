@@ -23,7 +23,7 @@ from ldm.weights import Codec
 from training.cache import padded
 from training.data import BadImage, Example, Reader, Report
 from training.encode import cache_key
-from training.encoders import LatentSums, caption_states, picture_tensors, small_pictures
+from training.encoders import LatentSums, caption_states, opaque_parts, picture_tensors, small_pictures
 from training.rows import shown
 
 STATISTICS_ITEMS = 4096
@@ -83,6 +83,10 @@ class Online:
         """The small pictures of items, stacked: (B, s, s, 3) uint8; of a set with a scale."""
         assert self.key.scale is not None
         return small_pictures([self._example(index) for index in indices], self.key.scale)
+
+    def opaque(self, indices: Sequence[int]) -> Tensor:
+        """What is opaque of items, stacked: (B, S, S) uint8; of data whose transparency is a mask."""
+        return opaque_parts([self._example(index) for index in indices])
 
     def captions(self, index: int) -> list[int]:
         """Indices of an item's captions, at least one."""

@@ -58,6 +58,10 @@ class Mixed:
         """As `Cache.low_res`."""
         return self._gathered([self._place(i) for i in indices], lambda own, places: own.low_res(places))
 
+    def opaque(self, indices: Sequence[int]) -> Tensor:
+        """As `Cache.opaque`."""
+        return self._gathered([self._place(i) for i in indices], lambda own, places: own.opaque(places))
+
     def captions(self, index: int) -> list[int]:
         """Indices of an item's captions: even ones are of the first set."""
         which, place = self._place(index)

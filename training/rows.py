@@ -48,7 +48,8 @@ class DataConfig(Config):
     metadata, tars and tables; a likely one by default. bucket_px: pictures keep their shape, of sides that are
     multiples of this and at most size_px^2 pixels, up to MAX_ASPECT : 1; by default squares are cut out of them.
     float_range: the values that are black and white in pictures of floats, which are bad without. animations: their
-    first frame is taken, or they are bad.
+    first frame is taken, or they are bad. transparency: laid on `background` and learned so, or as a mask laid on it
+    and left out of a base's loss.
     `workers` processes read and decode, 0: this one does. With workers, a picture that takes over
     `read_timeout_s` seconds, again and again, is bad; without, reading waits as long as the file system does.
     """
@@ -61,6 +62,7 @@ class DataConfig(Config):
     max_pixels: int = 64_000_000
     float_range: tuple[float, float] | None = None
     animations: Literal["first", "skip"] = "first"
+    transparency: Literal["composite", "mask"] = "composite"
     max_bad: float = 0.01
     missing_caption: Literal["auto", "empty", "filename", "folder", "skip", "fail"] = "auto"
     caption_column: str | None = None
@@ -81,6 +83,8 @@ class DataConfig(Config):
             raise ValueError(f"max_pixels must be from 1 to {MAX_PIXELS_LIMIT}")
         if self.float_range is not None and not -math.inf < self.float_range[0] < self.float_range[1] < math.inf:
             raise ValueError("float_range must be two numbers, the lower first, or null")
+        if self.transparency == "mask" and self.bucket_px is not None:
+            raise ValueError("transparency as a mask is of squares: leave bucket_px out")
         if not 0 <= self.max_bad <= 1:
             raise ValueError("max_bad must be a share from 0 to 1")
         if self.limit is not None and self.limit < 1:
@@ -102,7 +106,7 @@ class DataConfig(Config):
 
     @property
     def decoding(self) -> Decoding:
-        return Decoding(self.background, self.max_pixels, self.float_range, self.animations)
+        return Decoding(self.background, self.max_pixels, self.float_range, self.animations, self.transparency)
 
     @property
     def caption_rules(self) -> tuple[str | None, ...]:

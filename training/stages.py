@@ -76,12 +76,15 @@ class StageRun(Config):
     ema: EmaConfig = EmaConfig()
 
     SHAPES: ClassVar[bool] = False  # whether it can train on pictures that are not squares
+    MASKS: ClassVar[bool] = False  # whether it can leave what is transparent out of its loss
 
     def __post_init__(self) -> None:
         if self.shard_items < 1:
             raise ValueError("shard_items must be at least 1")
         if self.data.bucket_px is not None and not self.SHAPES:
             raise ValueError("data.bucket_px is of a base's training: this kind of run sees squares")
+        if self.data.transparency == "mask" and not self.MASKS:
+            raise ValueError("data.transparency as a mask is of a base's training: this kind of run learns all it sees")
         if self.data.bucket_px is not None and (self.encode == "online" or self.loop.cuda_graphs):
             raise ValueError("data.bucket_px sorts items of a cache into batches of several shapes: set encode=cached "
                              "and loop.cuda_graphs=false")  # fmt: skip

@@ -11,7 +11,7 @@ from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.functional import avg_pool2d
+from torch.nn.functional import adaptive_avg_pool2d, avg_pool2d
 
 from ldm.conditioning import Conditioning
 from ldm.config import Config
@@ -155,13 +155,15 @@ class Frozen:
 
 
 class DiffusionInputs(NamedTuple):
-    """Everything a diffusion step draws: latents and noise (B, C, h, w), t (B,) float64, conditioning; captions that
-    are yet to be told, None for the null."""
+    """Everything a diffusion step draws: latents and noise (B, C, h, w), t (B,) float64, conditioning; where
+    transparency is a mask, how much of each cell is opaque (B, 1, h, w); captions that are yet to be told, None for the
+    null."""
 
     x0: Tensor
     eps: Tensor
     t: Tensor
     cond: Conditioning
+    opaque: Tensor | None = None
     captions: tuple[str | None, ...] = ()
 
 
@@ -208,7 +210,15 @@ def diffusion_inputs(batch: Batch, denoiser: Denoiser, frozen: Frozen) -> Diffus
         cond = cond.join(Conditioning(known=known.cpu()))
     if frozen.control is not None:
         cond = cond.join(Conditioning(control=control_picture(planes(stored), frozen.control)))
-    return DiffusionInputs(x0, eps, t, cond, strings)
+    return DiffusionInputs(x0, eps, t, cond, opaque_cells(batch.cache, batch.indices, x0.shape), strings)
+
+
+def opaque_cells(cache: Items, indices: Sequence[int], shape: Sequence[int]) -> Tensor | None:
+    """The opaque share of each cell of latents of `shape`, (B, 1, h, w) in [0, 1]; None where transparency is no
+    mask."""
+    if not cache.key.masked:
+        return None
+    return adaptive_avg_pool2d(cache.opaque(indices)[:, None].float() / 255, (shape[-2], shape[-1]))
 
 
 def random_holes(batch: Batch, side: int) -> Tensor:
@@ -305,5 +315,5 @@ def planes(pictures: Tensor) -> Tensor:
 
 def diffusion_step(denoiser: Denoiser, inputs: DiffusionInputs) -> StepResult:
     """The denoiser's loss, averaged over the batch."""
-    loss = denoiser.loss(*inputs[:4]).mean()
+    loss = denoiser.loss(*inputs[:5]).mean()
     return StepResult([loss], {})
