@@ -262,6 +262,7 @@ class Denoiser(nn.Module):
 
         The weighted `error`; for the learned weighting error / exp(u) + u, which can be negative; with a learned
         variance, `bound_share` times the step's part of the bound more, in which all cells count alike.
+        cells: as `error` has them.
         """
         schedule = self.schedule
         alpha, sigma = schedule.alpha_sigma(t)

@@ -11,19 +11,20 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from ldm.cli import app
-from ldm.config import ConfigError
+from ldm.config import ConfigError, load
 from ldm.decode import Decoding, Source, try_fit
 from ldm.denoiser import to_target
 from ldm.draws import keyed_generator
 from ldm.noise import per_item
 from pipelines.cascade import load_cascade
 from tests.test_presets import SHORT
+from tests.tiny import ROOT, tiny_task
 from training.data import DataConfig, Reader
 from training.encode import encode
 from training.loader import Batch
 from training.online import Online
 from training.presets import tuning
-from training.tasks import build_task
+from training.tasks import RunConfig, build_task
 
 MASK = "data.transparency=mask"
 
@@ -113,3 +114,21 @@ def test_a_run_trains(pictures: Path, tiny_folder: Path, tmp_path: Path, monkeyp
 def test_what_cannot_be_is_refused(pictures: Path, tiny_folder: Path, more: list[str], reason: str) -> None:
     with pytest.raises(ConfigError, match=reason):
         tuning(pictures, "full", tiny_folder, [MASK, *more])
+
+
+@pytest.mark.parametrize(("kind", "reason"), [("autoencoder", "learns all it sees"), ("sr", "of a base's training")])
+def test_other_trainings_refuse_it(kind: str, reason: str) -> None:
+    with pytest.raises(ConfigError, match=reason):
+        load(RunConfig, ROOT / f"configs/tiny/{kind}.yaml", [MASK])
+
+
+def test_inpainting_leaves_it_out_too(pictures: Path, tmp_path: Path) -> None:
+    own = [f"data.path={pictures}", "data.split=null", "validation.split=null", f"cache={tmp_path / 'cache'}", MASK]
+    task = tiny_task("inpainting", [*own, "codec=null"])
+    batch = Batch(task.cache, [0], [keyed_generator("masks")], [0], 1)
+    drawn = task.module.prepare(batch)
+    assert drawn.opaque is not None
+    height, width = drawn.x0.shape[-2:]
+    assert drawn.opaque.shape == (1, 1, height, width)
+    assert (drawn.opaque[..., : width // 2] == 1).all()
+    assert (drawn.opaque[..., width // 2 :] == 0).all()
