@@ -285,7 +285,8 @@ def test_online_gives_the_same_inputs(tiny: list[str], task: DiffusionTask) -> N
         elif isinstance(one, torch.Tensor):
             assert torch.equal(one, other)
         else:
-            assert one == other == ()  # captions that are yet to be told
+            assert one == other  # no mask of transparency, no captions that are yet to be told
+            assert not one
 
 
 def test_padding_of_the_text_is_no_text(task: DiffusionTask) -> None:
