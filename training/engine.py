@@ -17,6 +17,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from ldm.config import Config, UserError
 from ldm.models.attention import Attention, attend_by
+from ldm.models.convolution import products_on_small_grids
 from training import checkpoint
 from training.cache import Items
 from training.checkpoint import Snapshot
@@ -278,6 +279,8 @@ def adapt(module: nn.Module, config: LoopConfig, device: torch.device) -> None:
     half_on_cpu = device.type == "cpu" and config.mixed_precision != "no"
     kind = ("plain" if half_on_cpu else "sdpa") if config.attention == "auto" else config.attention
     attend_by(module, kind, device)
+    if half_on_cpu:
+        products_on_small_grids(module)
     if config.activation_checkpointing:
         for part in module.modules():
             if isinstance(part, ModelMixin):
