@@ -104,7 +104,8 @@ class StageConfig(Config):
     """stage.json: everything but the weights. The digests say which codec and text encoder it was trained with.
 
     codec: the folder of its codec in the cascade. low_res: None for a base. inpainting: whether the network is told
-    what is known around a hole (`ldm.inpainting.condition_known`). noise: keyed by purpose, or drawn in order as
+    what is known around a hole (`ldm.inpainting.condition_known`). posterior: whether it learned draws of the codec's
+    posterior or its means, as training that goes on must. noise: keyed by purpose, or drawn in order as
     diffusers' pipelines draw it (`ldm.draws.Draws`).
     """
 
@@ -122,6 +123,7 @@ class StageConfig(Config):
     codec: str = "codec"
     low_res: LowResConfig | None = None
     inpainting: bool = False
+    posterior: Literal["draw", "mean"] = "draw"
     noise: Literal["keyed", "in_order"] = "keyed"
 
     def __post_init__(self) -> None:

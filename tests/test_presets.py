@@ -19,6 +19,7 @@ from tests.test_foreign import SCHEDULERS, SD1, apart, ours, stable_diffusion, t
 from tests.tiny import EMOJI, save_tiny_sr
 from tests.tiny_text import tiny_clip
 from training.presets import tuning
+from training.run import train
 
 SHORT = ["--set", "loop.images=16", "--set", "loop.log_every_images=8", "--set", "loop.preview_every_images=16",
          "--set", "loop.save_every_images=16", "--set", "sampling.steps=2", "--set",
@@ -58,6 +59,18 @@ def test_one_command_trains_a_stage_of_a_cascade(
     again = CliRunner().invoke(app, words)
     assert again.exit_code == 0
     assert "train " not in again.output
+
+
+def test_what_learned_means_goes_on_with_means(pictures: Path, tiny_folder: Path, tmp_path: Path) -> None:
+    model = shutil.copytree(tiny_folder, tmp_path / "of-means")
+    file = model / "base" / "stage.json"
+    told = json.loads(file.read_text(encoding="utf-8"))
+    assert told["posterior"] == "draw"
+    assert tuning(pictures, "lora", model).posterior == "draw"
+    file.write_text(json.dumps({**told, "posterior": "mean"}), encoding="utf-8")
+    assert tuning(pictures, "lora", model).posterior == "mean"
+    final = train(pictures, tmp_path / "run", [*SHORT[1::2], f"cache={tmp_path / 'cache'}"], model=model)
+    assert load_cascade(final).stages[0].config.posterior == "mean"
 
 
 def test_a_split_that_metadata_name_is_held_out(pictures: Path, tiny_folder: Path) -> None:

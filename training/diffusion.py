@@ -269,6 +269,7 @@ class DiffusionTask:
             codec="codec" if config.codec is not None else PIXELS,
             low_res=config.low_res,
             inpainting=config.inpainting,
+            posterior=config.posterior,
             noise="keyed" if released is None else released.noise,
         )
         self.module = DiffusionModule(denoiser, frozen)
