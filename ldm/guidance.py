@@ -1,6 +1,6 @@
 """Guidance: wrappers of a denoiser that are called like one and can be wrapped again.
 
-    ClassifierFreeGuidance, ChainedGuidance, Autoguidance: away from a worse prediction
+    ClassifierFreeGuidance, Autoguidance: away from a worse prediction
     ClassifierGuidance, ClipGuidance: up a gradient
     GuidanceInterval: any of them, at some times only
 
@@ -151,35 +151,6 @@ class ClassifierFreeGuidance(_Guided):
         both = self.denoiser.predict(torch.cat([x_t, x_t]), torch.cat([t, t]), Conditioning.cat([null, cond]))
         worse, better = both.map(lambda v: v.chunk(2)[0]), both.map(lambda v: v.chunk(2)[1])
         return self.update(better, worse, self.scale, x_t, t, self.schedule)
-
-
-class ChainedGuidance(ClassifierFreeGuidance):
-    """x0 = x0_null + w (x0_start - x0_null) + v (x0_cond - x0_start), and so for eps: two scales, one for a part of
-    what is asked for and one for the rest (Brooks et al. 2023, InstructPix2Pix, eq. 3, here both of a text).
-
-    `start`, one item per row, is told that part alone. At v = w it is `ClassifierFreeGuidance`, whatever the update;
-    so it is where start and cond are the same. One call of 3 B rows. ValueError for w = 1, of which v is no multiple.
-    """
-
-    def __init__(self, denoiser: Denoises, scale: float, ending: float, null: Conditioning, start: Conditioning,
-                 update: Update | None = None) -> None:  # fmt: skip
-        if scale == 1:
-            raise ValueError("a scale of 1 guides by nothing: the rest cannot have its own beside it")
-        super().__init__(denoiser, scale, null, update)
-        self.start, self.share = start, (ending - 1) / (scale - 1)
-
-    def predict(self, x_t: Tensor, t: Tensor, cond: Conditioning) -> Prediction:
-        """As called, not clipped."""
-        null = self.null.expand(len(x_t)) if len(self.null) == 1 else self.null
-        found = self.denoiser.predict(
-            torch.cat([x_t] * 3), torch.cat([t] * 3), Conditioning.cat([null, self.start, cond])
-        )
-        worse, start, better = (found.map(lambda v, i=i: v.chunk(3)[i]) for i in range(3))  # type: ignore[misc]
-        x0, eps = (
-            b - (s - w) - self.share * (b - s)
-            for w, s, b in ((worse.x0, start.x0, better.x0), (worse.eps, start.eps, better.eps))
-        )
-        return self.update(better, worse._replace(x0=x0, eps=eps), self.scale, x_t, t, self.schedule)
 
 
 class Autoguidance(_Guided):

@@ -143,13 +143,11 @@ class Cascade:
         """
         if len(prompts) != len(seeds) or not prompts:
             raise ValueError(f"one seed per prompt is needed: {len(prompts)} prompts, {len(seeds)} seeds")
-        made, sampling, start = [], sampling or self.sampling(), None
+        made = []
         with torch.no_grad():
             cond, null = Conditioning(*self.text.encode(prompts)), Conditioning(*self.text.encode([negative]))
-            if sampling[0].ending is not None:
-                start = Conditioning(*self.text.encode([without_ending(prompt) for prompt in prompts]))
-            for stage, options in zip(self.stages, sampling, strict=True):
-                own = (edit, steer, start) if stage is self.stages[0] else (None, None)
+            for stage, options in zip(self.stages, sampling or self.sampling(), strict=True):
+                own = (edit, steer) if stage is self.stages[0] else (None, None)
                 low_res = _in_steps(stage.sample(cond, null, seeds, options, low_res, on_step, *own))
                 made.append(low_res)
         return made
@@ -261,11 +259,6 @@ class Cascade:
             write_json(partial / stage.config.name / "stage.json", to_dict(config))
         names = tuple(s.config.name for s in self.stages)
         write_json(partial / "cascade.json", to_dict(CascadeConfig(FORMAT, names, text)))
-
-
-def without_ending(prompt: str) -> str:
-    """A prompt without what stands behind its last comma; all of it where nothing stands before one."""
-    return prompt.rpartition(",")[0].strip() or prompt
 
 
 def _in_steps(pixels: Tensor) -> Tensor:

@@ -29,9 +29,8 @@ OF_SAMPLERS = {"variance": ("ddpm",), "eta": ("ddim",), "churn": BY_SIGMA}
 class SamplingConfig(Config):
     """How a stage is sampled. guidance is w, 1 for none: of classifier-free guidance against the null of what `guided`
     names, the text, an SR stage's small picture, or both; or of autoguidance against the stage's weaker network.
-    ending: a scale of its own for what stands behind a prompt's last comma, such as its style
-    (`ldm.guidance.ChainedGuidance`), null for the same. update: how it is applied. level: of the noise added to the
-    small picture. attention: by what the network attends (`ldm.models.attention`).
+    update: how it is applied. level: of the noise added to the small picture. attention: by what the network attends
+    (`ldm.models.attention`).
 
     grid: what times are evenly spaced in: t, log-SNR, or a power of sigma / alpha; or the steps of diffusers' "leading"
     spacing, `offset` from the first, or of "linspace" (`ldm.grids.GRIDS`); to the schedule's first step unless `clean`.
@@ -45,7 +44,6 @@ class SamplingConfig(Config):
     steps: int = 20
     guidance: float = 3.0
     rows: int = 4
-    ending: float | None = None
     guided: Literal["text", "low_res", "both", "network"] = "text"
     level: float = 0.0
     variance: float = 0.0
@@ -61,11 +59,6 @@ class SamplingConfig(Config):
             raise ValueError(f"steps must be from 1 to {MAX_STEPS}, not {self.steps}")
         if not 0 <= self.guidance <= MAX_GUIDANCE:
             raise ValueError(f"guidance must be from 0 to {MAX_GUIDANCE:g} (1 is none), not {self.guidance}")
-        if self.ending is not None:
-            if not 0 <= self.ending <= MAX_GUIDANCE:
-                raise ValueError(f"ending must be from 0 to {MAX_GUIDANCE:g}, or null, not {self.ending}")
-            if self.guidance == 1 or self.guided != "text":
-                raise ValueError("ending is of guidance by the text, other than 1: set ending=null")
         if not 1 <= self.rows <= 1024:
             raise ValueError(f"rows must be from 1 to 1024, not {self.rows}")
         for name, value in (("level", self.level), ("variance", self.variance), ("eta", self.eta)):
@@ -87,11 +80,6 @@ class SamplingConfig(Config):
             more = {"offset": self.offset, "extra": int(self.sampler in _MULTISTEP)}
         grid = GRIDS[self.grid](self.steps, schedule, **more)
         return grid if self.clean else to_first_step(grid, schedule)
-
-    @property
-    def network_rows(self) -> int:
-        """Of the network's calls, for each picture and step."""
-        return 1 if self.guidance == 1 else 2 if self.ending is None else 3
 
     @property
     def options(self) -> dict[str, float]:
@@ -137,8 +125,6 @@ class StageConfig(Config):
         if self.low_res is None:
             if self.sampling.guided in ("low_res", "both") or self.sampling.level:
                 raise ValueError("sampling: level, and guided low_res, are of small pictures; this stage takes none")
-        elif self.sampling.ending is not None:
-            raise ValueError("sampling.ending is of a base: a stage that enlarges is guided by the whole text")
         elif self.inpainting:
             raise ValueError("inpainting is of a base: a stage that enlarges is told of a small picture")
         elif self.sampling.level > self.low_res.max_level:

@@ -23,7 +23,7 @@ from ldm.config import to_dict
 from ldm.decode import Shape
 from ldm.denoiser import Denoiser, DenoiserConfig, Prediction
 from ldm.draws import Draws
-from ldm.guidance import Autoguidance, ChainedGuidance, ClassifierFreeGuidance, Denoises, GuidanceInterval, Update
+from ldm.guidance import Autoguidance, ClassifierFreeGuidance, Denoises, GuidanceInterval, Update
 from ldm.inpainting import condition_known, holed_cells, repaint, without_hole
 from ldm.low_res import NULL_LEVEL, LowResConfig, condition_low_res, enlarge, local_contrast
 from ldm.models.attention import attend_by
@@ -86,7 +86,7 @@ class Stage:
     def settings(self, sampling: SamplingConfig) -> dict[str, Any]:
         """What of a sampling decides its pictures, as plain data."""
         found = to_dict(sampling)
-        for name in ("ending", "update", "offset", "clean", "attention", *OF_SAMPLERS):
+        for name in ("update", "offset", "clean", "attention", *OF_SAMPLERS):
             if getattr(sampling, name) == getattr(SamplingConfig(), name):
                 del found[name]
         if self.config.low_res is None:
@@ -102,11 +102,10 @@ class Stage:
     @torch.no_grad()
     def sample(self, cond: Conditioning, null: Conditioning, seeds: Sequence[int], sampling: SamplingConfig,
                low_res: Tensor | None = None, on_step: OnStep | None = None, edit: Edit | None = None,
-               steer: Steering | None = None, start: Conditioning | None = None) -> Tensor:  # fmt: skip
+               steer: Steering | None = None) -> Tensor:  # fmt: skip
         """Pictures (B, 3, H, W) in [-1, 1], not clipped, on the CPU, for B conditionings and seeds.
 
-        A base draws its canvas, a square of `resolution_px` by default, or edits some, guided by `steer` too; start: of
-        each, its prompt without the ending, where `sampling` has a scale for that. An SR
+        A base draws its canvas, a square of `resolution_px` by default, or edits some, guided by `steer` too. An SR
         stage enlarges `low_res` (B, 3, h, w) in [-1, 1] of any size; pictures larger than a tile are drawn one by one
         in tiles. Every network call has `sampling.rows` rows, so that a picture does not depend on its companions.
         """
@@ -117,7 +116,7 @@ class Stage:
             width, height = self.canvas or (self.config.resolution_px, self.config.resolution_px)
             factor = self.codec.module.config.factor
             grid = height // factor, width // factor
-            return self._in_rows(cond, null, seeds, sampling, grid, None, on_step, edit, steer, start)
+            return self._in_rows(cond, null, seeds, sampling, grid, None, on_step, edit, steer)
         if low_res is None:
             raise ValueError(f"stage {self.config.name} enlarges pictures: give some")
         (height, width), scale = low_res.shape[-2:], self.config.low_res.scale
@@ -142,27 +141,23 @@ class Stage:
 
     def _in_rows(self, cond: Conditioning, null: Conditioning, seeds: Sequence[int], sampling: SamplingConfig,
                  grid: tuple[int, int], low_res: Tensor | None, on_step: OnStep | None,
-                 edit: Edit | None = None, steer: Steering | None = None,
-                 start: Conditioning | None = None) -> Tensor:  # fmt: skip
+                 edit: Edit | None = None, steer: Steering | None = None) -> Tensor:  # fmt: skip
         parts, codec = [], self.codec.module
-        for first in range(0, len(seeds), sampling.rows):
-            chunk = list(seeds[first : first + sampling.rows])
-            index = torch.tensor([*range(first, first + len(chunk)), *[first] * (sampling.rows - len(chunk))])
+        for start in range(0, len(seeds), sampling.rows):
+            chunk = list(seeds[start : start + sampling.rows])
+            index = torch.tensor([*range(start, start + len(chunk)), *[start] * (sampling.rows - len(chunk))])
             chosen = [seeds[i] for i in index.tolist()]
             small = None if low_res is None else low_res[index].to(self.device)
             edited = None if edit is None else edit[index]
             draws = self._draws(chosen)
-            told = [*self._bind(cond[index], null, draws, sampling, grid, small)]
-            if start is not None:
-                told.append(start[index].to(self.device))
+            bound, against = self._bind(cond[index], null, draws, sampling, grid, small)
             if self.control is not None:
-                pictures = self.control.expand(len(seeds), -1, -1, -1)[index].to(self.device)
-                told = [each.join(Conditioning(control=pictures)) for each in told]
+                told = self.control.expand(len(seeds), -1, -1, -1)[index].to(self.device)
+                bound, against = (each.join(Conditioning(control=told)) for each in (bound, against))
             if self.config.inpainting:
                 known = self._known(edited, len(chosen), grid)
-                told = [each.join(known) for each in told]
-            bound, against, *begun = told
-            guided = self._guided(sampling, against, Update(sampling.update), *begun)
+                bound, against = bound.join(known), against.join(known)
+            guided = self._guided(sampling, against, Update(sampling.update))
             predict = partial(guided if steer is None else steer(guided, index.tolist()), cond=bound)
             raw = self.config.normalisation.invert(self._run(predict, draws, sampling, grid, on_step, edited))
             config = self.config.low_res
@@ -198,15 +193,10 @@ class Stage:
             raw = raw * local_contrast(small, config, factor) + enlarged
         return blend(lambda w: codec.decode(torch.cat([i.of(raw) for i in w])), cells=codec.config.factor).cpu()
 
-    def _guided(self, sampling: SamplingConfig, against: Conditioning, update: Update,
-                start: Conditioning | None = None) -> Denoises:  # fmt: skip
+    def _guided(self, sampling: SamplingConfig, against: Conditioning, update: Update) -> Denoises:
         """The denoiser as `sampling` guides it, for one batch on its way through a sampler."""
         guided: ClassifierFreeGuidance | Autoguidance
-        if sampling.ending is not None:
-            if start is None:
-                raise ValueError("an ending has a scale of its own: say what the prompts begin with")
-            guided = ChainedGuidance(self.denoiser, sampling.guidance, sampling.ending, against, start, update)
-        elif sampling.guided != "network":
+        if sampling.guided != "network":
             guided = ClassifierFreeGuidance(self.denoiser, sampling.guidance, against, update)
         elif self.weak is not None:
             guided = Autoguidance(self.denoiser, sampling.guidance, self.weak, update)

@@ -13,7 +13,7 @@ from PIL import Image
 
 from ldm.config import UserError, load, to_dict
 from ldm.weights import load_codec, read_json, write_json
-from pipelines.cascade import Cascade, join, load_cascade, without_ending
+from pipelines.cascade import Cascade, join, load_cascade
 from pipelines.generate import ModelRequest, generate
 from pipelines.images import to_uint8
 from training.run import train
@@ -52,28 +52,6 @@ def three(runs: Path) -> Path:
 @pytest.fixture(scope="module")
 def cascade(three: Path) -> Cascade:
     return load_cascade(three)
-
-
-def test_an_ending_of_a_prompt_has_a_scale_of_its_own(cascade: Cascade) -> None:
-    base, prompts = cascade.only("base"), ["red heart, bright, noto style", "blue car"]
-    assert [without_ending(p) for p in (*prompts, ", noto style")] == ["red heart, bright", "blue car", ", noto style"]
-    drawn = {}
-    for ending in ("null", "3", "9"):
-        told = ["base.guidance=3", "base.steps=3", f"base.ending={ending}"]
-        drawn[ending] = base.draw(prompts, [3, 4], base.sampling(overrides=told))[-1]
-    torch.testing.assert_close(drawn["3"], drawn["null"], rtol=0, atol=2 / 255)
-    torch.testing.assert_close(drawn["9"][1], drawn["null"][1], rtol=0, atol=2 / 255)
-    assert float((drawn["9"][0] - drawn["null"][0]).abs().max()) > 10 / 255
-
-
-@pytest.mark.parametrize(("told", "reason"), [
-    (["base.guidance=1", "base.ending=3"], "ending is of guidance by the text, other than 1"),
-    (["base.ending=-1"], "ending must be from 0 to 100, or null"),
-    (["middle.guidance=2", "middle.ending=3"], "ending is of a base"),
-])  # fmt: skip
-def test_endings_that_cannot_be_are_refused(cascade: Cascade, told: list[str], reason: str) -> None:
-    with pytest.raises(UserError, match=reason):
-        cascade.sampling(overrides=told)
 
 
 def test_training_lowers_the_loss_and_shows_pictures(runs: Path) -> None:

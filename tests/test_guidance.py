@@ -15,7 +15,6 @@ from ldm.conditioning import Conditioning
 from ldm.denoiser import Prediction
 from ldm.guidance import (
     Autoguidance,
-    ChainedGuidance,
     ClassifierFreeGuidance,
     ClassifierGuidance,
     ClipGuidance,
@@ -114,33 +113,6 @@ def test_momentum_is_of_one_batch_alone() -> None:
     first, second = guided(x, T, cond).x0, guided(x, T, cond).x0
     assert not torch.allclose(first, second)
     assert torch.equal(ClassifierFreeGuidance(Gaussian(), 4.0, NULL, Update(config))(x, T, cond).x0, first)
-
-
-def test_a_chain_has_a_scale_for_each_of_its_parts() -> None:
-    """Of denoisers that are linear in their mean: it moves by the start's way from the null, and the rest's from it."""
-    x, net, start, whole, null = noisy(), Gaussian(), told(0.5, 2), told(1, -1), told(0.25)
-    got = ChainedGuidance(net, 3.0, 7.0, null, start)(x, T, whole)
-    assert net.rows == [6]
-    assert start.text is not None
-    assert whole.text is not None
-    mean = 0.25 + 3 * (start.text - 0.25) + 7 * (whole.text - start.text)
-    torch.testing.assert_close(got.x0, Gaussian().predict(x, T, Conditioning(text=mean)).x0, rtol=1e-9, atol=1e-9)
-    consistent(got, x)
-    with pytest.raises(ValueError, match="a scale of 1"):
-        ChainedGuidance(net, 1.0, 7.0, null, start)
-
-
-@pytest.mark.parametrize("config", [UpdateConfig(), UpdateConfig(rescale=0.7),
-                                    UpdateConfig(parallel=0.2, max_norm=0.7, momentum=-0.5)])  # fmt: skip
-@pytest.mark.parametrize(("ending", "start"), [(3.0, (0.5, 2.0)), (7.0, (1.0, -1.0))])
-def test_a_chain_of_one_scale_or_of_one_part_is_the_plain_guidance(
-    config: UpdateConfig, ending: float, start: tuple[float, float]
-) -> None:
-    x, whole = noisy(), told(1, -1)
-    chained = ChainedGuidance(Gaussian(), 3.0, ending, NULL, told(*start), Update(config))
-    plain = ClassifierFreeGuidance(Gaussian(), 3.0, NULL, Update(config))
-    for _ in range(2):
-        torch.testing.assert_close(chained(x, T, whole).x0, plain(x, T, whole).x0, rtol=1e-9, atol=1e-9)
 
 
 def test_a_negative_prompt_takes_the_place_of_the_null() -> None:

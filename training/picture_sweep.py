@@ -94,7 +94,7 @@ def _cell(name: str, sampling: SamplingConfig, drawn: torch.Tensor, asked: list[
     kernel = KernelDistance(eyes.see(drawn).features, reference.features)
     found: dict[str, Estimate] = {} if judge is None else dict(shares(verdicts(judge, drawn, asked), asked))
     found["KD-efflite0"] = sampler.spread(kernel(), kernel)
-    rows = sampling.steps * sampling.network_rows
+    rows = sampling.steps * (1 if sampling.guidance == 1 else 2)
     return {"model": name, "sampling": to_dict(sampling), "rows_a_picture": rows, "measures": found}
 
 
