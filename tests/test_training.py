@@ -217,17 +217,21 @@ class TestRun:
         "autoencoder", "base", "base_clip", "base_t5", "clip", "inpainting", "judge", "noisy_classifier", "sr",
     ])  # fmt: skip
     def test_golden_losses(self, runs: Path, base: Path, name: str) -> None:
-        """Losses of twenty steps at one thread are those in git. UPDATE_GOLDEN=1 writes them anew."""
+        """Losses of twenty steps at one thread are those in git, of one of the CPUs that wrote some: rounding differs
+        between them, and grows to a hundredth of CLIP's loss. UPDATE_GOLDEN=1 writes them anew, =add another CPU's."""
         run = runs / {"autoencoder": "ae"}.get(name, name)
         if not run.exists():
             train(ROOT / f"configs/tiny/{name}.yaml", run, base_overrides(runs, name))
         assert len(losses(run)) == 20
         path = ROOT / "tests/golden.json"
         golden = json.loads(path.read_text()) if path.exists() else {}
-        if os.environ.get("UPDATE_GOLDEN"):
-            path.write_text(json.dumps({**golden, name: losses(run)}, indent=1) + "\n")
+        update = os.environ.get("UPDATE_GOLDEN")
+        if update:
+            before = golden[name] if update == "add" else []
+            path.write_text(json.dumps({**golden, name: [*before, losses(run)]}, indent=1) + "\n")
         else:
-            assert losses(run) == pytest.approx(golden[name], rel=1e-4)
+            known = [pytest.approx(each, rel=1e-4) for each in golden[name]]
+            assert losses(run) in known, losses(run)
 
     @pytest.mark.slow
     def test_tiny_configs_reach_the_numbers_in_their_first_lines(self, tmp_path: Path) -> None:
