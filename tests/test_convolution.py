@@ -60,7 +60,7 @@ def test_others_stay_as_they_are() -> None:
         nn.Conv2d(4, 4, 1), nn.Conv2d(4, 4, 3), nn.Conv2d(4, 4, 3, padding=1, stride=2),
         nn.Conv1d(4, 4, 3, padding=1), nn.Conv2d(4, 4, 3, padding=1, groups=2),
         nn.Conv2d(4, 4, 3, padding=2, dilation=2), nn.Conv2d(4, 4, 2, padding=1),
-        nn.Conv2d(4, 4, 3, padding=1, padding_mode="circular"),
+        nn.Conv2d(4, 4, 3, padding=1, padding_mode="circular"), nn.Conv2d(4, 4, 3, padding="same"),
     ]  # fmt: skip
     kinds = [type(each) for each in others]
     products_on_small_grids(nn.ModuleList(others))

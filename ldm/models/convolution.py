@@ -71,6 +71,6 @@ def products_on_small_grids(module: nn.Module) -> None:
     for part in module.modules():
         if type(part) is not nn.Conv2d or part.groups > 1 or part.padding_mode != "zeros":
             continue
-        same = all(k % 2 and p == k // 2 for k, p in zip(part.kernel_size, part.padding, strict=True) if p != "same")
+        same = all(k % 2 for k in part.kernel_size) and part.padding == tuple(k // 2 for k in part.kernel_size)
         if same and set(part.stride) == set(part.dilation) == {1} and max(part.kernel_size) > 1:
             part.__class__ = SmallGridConv2d
