@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from ldm.config import Config, UserError, parse, to_dict
 from ldm.latents import ENCODER, CodecConfig, LatentCodec, Normalisation
 from ldm.models.autoencoder import build_autoencoder
-from ldm.models.classifier import Classifier, ClassifierConfig
+from ldm.models.classifier import Classifier, ClassifierConfig, check_by_palette
 from ldm.models.clip import Clip, ClipConfig, build_clip, clip_config, clip_settings, tokenizer
 from ldm.models.noisy_classifier import NoisyClassifier, NoisyClassifierConfig
 from ldm.noise import NoiseScheduleConfig
@@ -241,6 +241,9 @@ class ClassifierFile(Config):
 
     classifier: ClassifierConfig
     classes: dict[str, tuple[str, ...]]
+
+    def __post_init__(self) -> None:
+        check_by_palette(self.classifier, self.classes)
 
 
 def save_classifier(classifier: Classifier, folder: Path) -> None:

@@ -223,7 +223,7 @@ def test_colours_are_counted_where_they_lie() -> None:
 
 def test_recoloured_convolutions_leave_the_colours_to_the_palette(task: ClassifierTask) -> None:
     torch.manual_seed(0)
-    config = replace(TINY, palette=4)
+    config = replace(TINY, palette=(4,))
     module = ClassifierModule(Classifier(config, task.module.classifier.classes), task.module.config)
     module.config = replace(task.module.config, classifier=config, recolour=0.5)
     pictures, recoloured, _ = module.prepare(batch_of(task.cache, [0, 1]))
@@ -234,17 +234,56 @@ def test_recoloured_convolutions_leave_the_colours_to_the_palette(task: Classifi
     trunk, palette = [], []
     module.classifier.trunk.register_forward_pre_hook(lambda _, inputs: trunk.append(inputs[0]))
     module.classifier.palette.register_forward_pre_hook(lambda _, inputs: palette.append(inputs[0]))
-    module.classifier(pictures, recoloured)
+    module.classifier.experts(pictures, recoloured)
     module.classifier(pictures)
     assert torch.equal(trunk[0], recoloured)
     assert torch.equal(trunk[1], pictures)
     assert torch.equal(palette[0], palette[1])
 
 
+def test_what_the_palette_alone_tells_is_learned_by_itself_and_added(task: ClassifierTask) -> None:
+    """Its gradient is the same whatever the convolutions know, and a label's logits are the sum of both."""
+    torch.manual_seed(0)
+    config = replace(TINY, palette=(3, 5), by_palette=("style",))
+    classes = task.module.classifier.classes
+    module = ClassifierModule(Classifier(config, classes), replace(task.module.config, classifier=config))
+    inputs = module.prepare(batch_of(task.cache, [0, 1, 2]))
+    found, alone = module.classifier.experts(inputs[0])
+    together = module.classifier(inputs[0])
+    assert set(alone) == {"style"}
+    torch.testing.assert_close(together["style"], found["style"] + alone["style"])
+    assert torch.equal(together["cluster"], found["cluster"])
+    gradients = []
+    for bias in (0.0, 9.0):
+        with torch.no_grad():
+            module.classifier.heads["style"].bias[0] = bias
+        module.zero_grad()
+        module(inputs).losses[0].backward()
+        gradients.append(module.classifier.palette_heads["style"].weight.grad.clone())
+    assert gradients[0].abs().max() > 0
+    assert torch.equal(gradients[0], gradients[1])
+
+
+def test_classes_that_are_kept_keep_their_logits() -> None:
+    torch.manual_seed(0)
+    config = replace(TINY, palette=(3,), by_palette=("style",))
+    judge = Classifier(config, {"style": ("a", "b", "c"), "cluster": ("x", "y")})
+    pictures = torch.rand(2, 3, 32, 32) * 2 - 1
+    before = judge(pictures)
+    larger = Classifier(config, {"style": ("c", "new", "a"), "cluster": ("x", "y")})
+    start_from(larger, judge)
+    torch.testing.assert_close(larger(pictures)["style"][:, [2, 0]], before["style"][:, [0, 2]])
+    judge.keep("style", [0, 2])
+    torch.testing.assert_close(judge(pictures)["style"], before["style"][:, [0, 2]])
+    assert judge.classes == {"style": ("a", "c"), "cluster": ("x", "y")}
+    with pytest.raises(ValueError, match="needs a histogram"):
+        replace(TINY, by_palette=("style",))
+
+
 def test_a_palette_sees_colours_wherever_they_are() -> None:
     """With the trunk silent, moving pixels about changes nothing, and another colour does."""
     torch.manual_seed(0)
-    judge = Classifier(replace(TINY, palette=6), {"style": ("a", "b")})
+    judge = Classifier(replace(TINY, palette=(6,)), {"style": ("a", "b")})
     for parameter in judge.trunk.parameters():
         torch.nn.init.zeros_(parameter)
     pictures = torch.rand(1, 3, 32, 32) * 2 - 1
@@ -254,5 +293,5 @@ def test_a_palette_sees_colours_wherever_they_are() -> None:
         darker = judge(pictures * 0.5 - 0.5)["style"]
     torch.testing.assert_close(moved, plain, rtol=1e-4, atol=1e-4)
     assert not torch.allclose(darker, plain, atol=1e-2)
-    with pytest.raises(ValueError, match="palette must be 0 or from 2 to 32"):
-        replace(TINY, palette=64)
+    with pytest.raises(ValueError, match="palette must be from 2 to 32"):
+        replace(TINY, palette=(64,))

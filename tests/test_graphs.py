@@ -27,7 +27,7 @@ def task_of(name: str, folder: Path, *more: str) -> Any:
 @pytest.mark.parametrize(("name", "more", "calls"), [
     ("autoencoder", [], 2),
     ("base_t5", ["codec=null", f"text.path={ROOT / 'tests/data/text/t5'}"], 1),
-    ("judge", ["classifier.palette=4", "recolour=0.2"], 1),
+    ("judge", ["classifier.palette=[4]", "recolour=0.2"], 1),
 ])  # fmt: skip
 def test_recorded_networks_give_the_same_losses_and_gradients(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, more: list[str], calls: int

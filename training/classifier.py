@@ -18,7 +18,7 @@ from torch.nn.functional import affine_grid, cross_entropy, grid_sample
 
 from ldm.config import Config, UserError
 from ldm.low_res import DegradationConfig, degrade
-from ldm.models.classifier import Classifier, ClassifierConfig, start_from
+from ldm.models.classifier import Classifier, ClassifierConfig, check_by_palette, start_from
 from ldm.weights import load_classifier, save_classifier, write_json
 from pipelines.images import grid, save_png, to_uint8
 from training.cache import Items
@@ -65,6 +65,7 @@ class ClassifierRun(StageRun):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_labels(self.labels, self.smoothing)
+        check_by_palette(self.classifier, self.labels)
         if not 0 <= self.recolour < 1:
             raise ValueError(f"recolour is a share, from 0 to below 1, not {self.recolour:g}")
         if self.recolour and not self.classifier.palette:
@@ -104,7 +105,15 @@ class ClassifierModule(StepModule):
     def forward(self, inputs: tuple[Tensor, Tensor | None, dict[str, Tensor]]) -> StepResult:
         device = next(self.parameters()).device
         pictures, recoloured = (None if each is None else each.to(device) for each in inputs[:2])
-        return cross_entropies(self.classifier(pictures, recoloured), inputs[2], self.config.smoothing)
+        assert pictures is not None
+        found, by_palette = self.classifier.experts(pictures, recoloured)
+        smoothing = self.config.smoothing
+        together = cross_entropies(found, inputs[2], smoothing)
+        if not by_palette:
+            return together
+        alone = cross_entropies(by_palette, inputs[2], smoothing)
+        metrics = {f"{name}_by_palette": value for name, value in alone.metrics.items()}
+        return StepResult([torch.stack([*together.losses, *alone.losses]).sum()], together.metrics | metrics)
 
 
 def cross_entropies(found: dict[str, Tensor], wanted: dict[str, Tensor], smoothing: float) -> StepResult:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import avg_pool2d, interpolate
 
 from ldm.config import UserError
@@ -64,13 +64,8 @@ def load_judge(folder: str | Path, asked: Sequence[Asked], styles: Collection[st
     judge = load_classifier(folder)
     check_judge(judge, asked)
     keep = [k for k, name in enumerate(judge.classes[STYLE]) if name in styles]
-    old = judge.heads[STYLE]
-    assert isinstance(old, nn.Linear)
     if len(keep) > 1:
-        head = nn.Linear(old.in_features, len(keep))
-        head.load_state_dict({"weight": old.weight[keep], "bias": old.bias[keep]})
-        judge.heads[STYLE] = head.to(old.weight).requires_grad_(False)
-        judge.classes = {**judge.classes, STYLE: tuple(judge.classes[STYLE][k] for k in keep)}
+        judge.keep(STYLE, keep)
     return judge
 
 

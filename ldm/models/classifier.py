@@ -4,6 +4,7 @@ count colours too."""
 from __future__ import annotations
 
 import itertools
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -20,18 +21,23 @@ EMBEDDED_PALETTE = 64
 class ClassifierConfig(Config):
     """A ResNet of basic blocks with group normalisation: `widths` and `blocks` of its levels, each half the grid of
     the one before. It sees pictures of `side_px`; its first convolution and pooling leave a quarter of that. palette:
-    levels of each colour in a histogram whose embedding stands beside the network's features, 0 for none: flat colours
-    tell designs apart, and convolutions learn to count them late."""
+    levels of each colour in histograms whose embedding stands beside the network's features: flat colours tell designs
+    apart, and convolutions learn to count them late. by_palette: labels that are told from the histograms alone as
+    well, by a linear layer with a loss of its own, whose logits are added: what convolutions know by heart of the
+    training pictures leaves the embedding little to learn."""
 
     side_px: int = 64
     widths: tuple[int, ...] = (64, 128, 256, 384)
     blocks: tuple[int, ...] = (2, 2, 2, 2)
     norm_groups: int = 16
-    palette: int = 0
+    palette: tuple[int, ...] = ()
+    by_palette: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        if self.palette and not 2 <= self.palette <= 32:
-            raise ValueError(f"palette must be 0 or from 2 to 32 levels, not {self.palette}")
+        if not all(2 <= levels <= 32 for levels in self.palette):
+            raise ValueError(f"palette must be from 2 to 32 levels each, not {self.palette}")
+        if self.by_palette and not self.palette:
+            raise ValueError("by_palette needs a histogram of colours: set palette")
         if len(self.widths) != 4 or len(self.blocks) != 4 or min(self.blocks) < 1:
             raise ValueError("widths and blocks have four entries each, and no level is without blocks")
         if self.norm_groups < 1 or any(w < 1 or w > 4096 or w % self.norm_groups for w in self.widths):
@@ -41,6 +47,12 @@ class ClassifierConfig(Config):
                              f"{self.norm_groups}, for the first convolutions")  # fmt: skip
         if self.side_px < 32 or self.side_px % 32:
             raise ValueError(f"side_px must be a multiple of 32, not {self.side_px}")
+
+
+def check_by_palette(config: ClassifierConfig, labels: Collection[str]) -> None:
+    """Raise ValueError where `by_palette` names what is no label."""
+    if unknown := set(config.by_palette) - set(labels):
+        raise ValueError(f"classifier.by_palette names {', '.join(sorted(unknown))}, which is no label")
 
 
 class Classifier(nn.Module):
@@ -61,20 +73,48 @@ class Classifier(nn.Module):
             stem_type="deep", avg_down=True, norm_layer=partial(GroupNorm, num_groups=config.norm_groups),
         )  # fmt: skip
         width = config.widths[-1]
-        if config.palette:
-            self.palette = nn.Linear(config.palette**3, EMBEDDED_PALETTE, bias=False)
+        colours = sum(levels**3 for levels in config.palette)
+        if colours:
+            self.palette = nn.Linear(colours, EMBEDDED_PALETTE, bias=False)
             width += EMBEDDED_PALETTE
         self.heads = nn.ModuleDict({name: nn.Linear(width, len(own)) for name, own in classes.items()})
+        self.palette_heads = nn.ModuleDict(
+            {name: nn.Linear(colours, len(classes[name]), bias=False) for name in config.by_palette}
+        )
 
-    def forward(self, pictures: Tensor, recoloured: Tensor | None = None) -> dict[str, Tensor]:
-        """recoloured: the pictures as the convolutions see them, where they are to learn shapes, not colours."""
+    def forward(self, pictures: Tensor) -> dict[str, Tensor]:
+        found, by_palette = self.experts(pictures)
+        return {name: logits + by_palette.get(name, 0) for name, logits in found.items()}
+
+    def experts(
+        self, pictures: Tensor, recoloured: Tensor | None = None
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Logits by all features, and those by the palette alone. recoloured: the pictures as the convolutions see
+        them, where they are to learn shapes, not colours."""
         pictures = adaptive_avg_pool2d(pictures.clamp(-1, 1), self.config.side_px)
-        features = self.trunk(pictures if recoloured is None else recoloured)
+        features, by_palette = self.trunk(pictures if recoloured is None else recoloured), {}
         if self.config.palette:
-            counts = colour_histogram(pictures, self.config.palette).log1p()
-            seen = self.palette(layer_norm(counts, counts.shape[1:]).to(features))
-            features = torch.cat([features, seen], 1)
-        return {name: head(features) for name, head in self.heads.items()}
+            counted = [colour_histogram(pictures, levels).log1p() for levels in self.config.palette]
+            counts = torch.cat([layer_norm(each, each.shape[1:]) for each in counted], 1).to(features)
+            by_palette = {name: head(counts) for name, head in self.palette_heads.items()}
+            features = torch.cat([features, self.palette(counts)], 1)
+        return {name: head(features) for name, head in self.heads.items()}, by_palette
+
+    def all_heads(self, label: str) -> list[nn.Linear]:
+        """The layers whose rows are the classes of a label."""
+        heads = [group[label] for group in (self.heads, self.palette_heads) if label in group]
+        assert all(isinstance(head, nn.Linear) for head in heads)
+        return heads  # type: ignore[return-value]
+
+    @torch.no_grad()
+    def keep(self, label: str, places: Sequence[int]) -> None:
+        """Forget all classes of a label but those at `places`."""
+        for head in self.all_heads(label):
+            head.weight = nn.Parameter(head.weight[places], head.weight.requires_grad)
+            if head.bias is not None:
+                head.bias = nn.Parameter(head.bias[places], head.bias.requires_grad)
+            head.out_features = len(places)
+        self.classes = {**self.classes, label: tuple(self.classes[label][k] for k in places)}
 
 
 @torch.no_grad()
@@ -86,18 +126,18 @@ def start_from(classifier: Classifier, released: Classifier) -> None:
     """
     if replace(released.config, side_px=classifier.config.side_px) != classifier.config:
         raise ValueError("another network")
-    weights = {name: value for name, value in released.state_dict().items() if not name.startswith("heads.")}
+    weights = {name: value for name, value in released.state_dict().items() if "heads." not in name}
     classifier.load_state_dict(weights, strict=False)
     for label, classes in classifier.classes.items():
         if label not in released.classes:
             continue
-        old, new = released.heads[label], classifier.heads[label]
-        assert isinstance(old, nn.Linear)
-        assert isinstance(new, nn.Linear)
         places = {name: k for k, name in enumerate(released.classes[label])}
         common = [(k, places[name]) for k, name in enumerate(classes) if name in places]
         ours, theirs = [k for k, _ in common], [k for _, k in common]
-        new.weight[ours], new.bias[ours] = old.weight[theirs], old.bias[theirs]
+        for new, old in zip(classifier.all_heads(label), released.all_heads(label), strict=True):
+            new.weight[ours] = old.weight[theirs]
+            if new.bias is not None:
+                new.bias[ours] = old.bias[theirs]
 
 
 @torch.no_grad()
