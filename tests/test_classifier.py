@@ -156,6 +156,7 @@ def test_a_damaged_folder_is_refused(tmp_path: Path) -> None:
         (["classifier.side_px=48"], "side_px must be a multiple of 32"),
         (["data.size_px=80"], "must be a multiple of classifier.side_px"),
         (["classifier.widths=[8, 8, 8]"], "four entries"),
+        (["labels=[cluster]"], "by_palette names style, which is no label"),
         (["classifier.norm_groups=5"], "multiples of norm_groups 5"),
     ],
 )
@@ -165,7 +166,7 @@ def test_configs_that_cannot_be_are_refused(wrong: list[str], reason: str) -> No
 
 
 def test_a_label_that_the_data_lacks_is_named(tmp_path: Path) -> None:
-    wrong = [f"data.path={EMOJI}", f"cache={tmp_path}", "labels=[species]"]
+    wrong = [f"data.path={EMOJI}", f"cache={tmp_path}", "labels=[species]", "classifier.by_palette=[]"]
     with pytest.raises(UserError, match=r"labels: .* has no field 'species'; it has cluster, concept"):
         build_task(load(RunConfig, ROOT / "configs/tiny/judge.yaml", wrong))
 

@@ -52,7 +52,7 @@ class ClassifierConfig(Config):
 def check_by_palette(config: ClassifierConfig, labels: Collection[str]) -> None:
     """Raise ValueError where `by_palette` names what is no label."""
     if unknown := set(config.by_palette) - set(labels):
-        raise ValueError(f"classifier.by_palette names {', '.join(sorted(unknown))}, which is no label")
+        raise ValueError(f"by_palette names {', '.join(sorted(unknown))}, which is no label")
 
 
 class Classifier(nn.Module):
