@@ -106,14 +106,7 @@ class ClassifierModule(StepModule):
         device = next(self.parameters()).device
         pictures, recoloured = (None if each is None else each.to(device) for each in inputs[:2])
         assert pictures is not None
-        found, by_palette = self.classifier.experts(pictures, recoloured)
-        smoothing = self.config.smoothing
-        together = cross_entropies(found, inputs[2], smoothing)
-        if not by_palette:
-            return together
-        alone = cross_entropies(by_palette, inputs[2], smoothing)
-        metrics = {f"{name}_by_palette": value for name, value in alone.metrics.items()}
-        return StepResult([torch.stack([*together.losses, *alone.losses]).sum()], together.metrics | metrics)
+        return cross_entropies(self.classifier(pictures, recoloured), inputs[2], self.config.smoothing)
 
 
 def cross_entropies(found: dict[str, Tensor], wanted: dict[str, Tensor], smoothing: float) -> StepResult:

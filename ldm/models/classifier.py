@@ -14,7 +14,7 @@ from torch.nn.functional import adaptive_avg_pool2d, layer_norm
 
 from ldm.config import Config
 
-EMBEDDED_PALETTE = 64
+EMBEDDED_PALETTE, PALETTE_UNITS, PALETTE_DROPOUT = 64, 256, 0.3
 
 
 @dataclass(frozen=True)
@@ -22,9 +22,9 @@ class ClassifierConfig(Config):
     """A ResNet of basic blocks with group normalisation: `widths` and `blocks` of its levels, each half the grid of
     the one before. It sees pictures of `side_px`; its first convolution and pooling leave a quarter of that. palette:
     levels of each colour in histograms whose embedding stands beside the network's features: flat colours tell designs
-    apart, and convolutions learn to count them late. by_palette: labels that are told from the histograms alone as
-    well, by a linear layer with a loss of its own, whose logits are added: what convolutions know by heart of the
-    training pictures leaves the embedding little to learn."""
+    apart, and convolutions learn to count them late. by_palette: labels that are told from the histograms alone, by a
+    hidden layer of their own: convolutions that know the training pictures by heart leave an embedding little to
+    learn, and add nothing."""
 
     side_px: int = 64
     widths: tuple[int, ...] = (64, 128, 256, 384)
@@ -72,61 +72,53 @@ class Classifier(nn.Module):
             config.blocks, num_classes=0, channels=config.widths, stem_width=config.widths[0] // 2,
             stem_type="deep", avg_down=True, norm_layer=partial(GroupNorm, num_groups=config.norm_groups),
         )  # fmt: skip
-        width = config.widths[-1]
-        colours = sum(levels**3 for levels in config.palette)
+        colours, width = sum(levels**3 for levels in config.palette), config.widths[-1]
         if colours:
             self.palette = nn.Linear(colours, EMBEDDED_PALETTE, bias=False)
             width += EMBEDDED_PALETTE
-        self.heads = nn.ModuleDict({name: nn.Linear(width, len(own)) for name, own in classes.items()})
-        self.palette_heads = nn.ModuleDict(
-            {name: nn.Linear(colours, len(classes[name]), bias=False) for name in config.by_palette}
-        )
+        self.by_palette = nn.ModuleDict({
+            name: nn.Sequential(nn.Linear(colours, PALETTE_UNITS), nn.GELU(), nn.Dropout(PALETTE_DROPOUT))
+            for name in config.by_palette
+        })  # fmt: skip
+        self.heads = nn.ModuleDict({
+            name: nn.Linear(PALETTE_UNITS if name in self.by_palette else width, len(own))
+            for name, own in classes.items()
+        })  # fmt: skip
 
-    def forward(self, pictures: Tensor) -> dict[str, Tensor]:
-        found, by_palette = self.experts(pictures)
-        return {name: logits + by_palette.get(name, 0) for name, logits in found.items()}
-
-    def experts(
-        self, pictures: Tensor, recoloured: Tensor | None = None
-    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """Logits by all features, and those by the palette alone. recoloured: the pictures as the convolutions see
-        them, where they are to learn shapes, not colours."""
+    def forward(self, pictures: Tensor, recoloured: Tensor | None = None) -> dict[str, Tensor]:
+        """recoloured: the pictures as the convolutions see them, where they are to learn shapes, not colours."""
         pictures = adaptive_avg_pool2d(pictures.clamp(-1, 1), self.config.side_px)
-        features, by_palette = self.trunk(pictures if recoloured is None else recoloured), {}
+        features = self.trunk(pictures if recoloured is None else recoloured)
+        seen = dict.fromkeys(self.classes, features)
         if self.config.palette:
             counted = [colour_histogram(pictures, levels).log1p() for levels in self.config.palette]
             counts = torch.cat([layer_norm(each, each.shape[1:]) for each in counted], 1).to(features)
-            by_palette = {name: head(counts) for name, head in self.palette_heads.items()}
-            features = torch.cat([features, self.palette(counts)], 1)
-        return {name: head(features) for name, head in self.heads.items()}, by_palette
-
-    def all_heads(self, label: str) -> list[nn.Linear]:
-        """The layers whose rows are the classes of a label."""
-        heads = [group[label] for group in (self.heads, self.palette_heads) if label in group]
-        assert all(isinstance(head, nn.Linear) for head in heads)
-        return heads  # type: ignore[return-value]
+            seen = dict.fromkeys(self.classes, torch.cat([features, self.palette(counts)], 1))
+            seen |= {name: hidden(counts) for name, hidden in self.by_palette.items()}
+        return {name: head(seen[name]) for name, head in self.heads.items()}
 
     @torch.no_grad()
     def keep(self, label: str, places: Sequence[int]) -> None:
         """Forget all classes of a label but those at `places`."""
-        for head in self.all_heads(label):
-            head.weight = nn.Parameter(head.weight[places], head.weight.requires_grad)
-            if head.bias is not None:
-                head.bias = nn.Parameter(head.bias[places], head.bias.requires_grad)
-            head.out_features = len(places)
+        head = self.heads[label]
+        assert isinstance(head, nn.Linear)
+        for name in ("weight", "bias"):
+            old = getattr(head, name)
+            setattr(head, name, nn.Parameter(old[places], old.requires_grad))
+        head.out_features = len(places)
         self.classes = {**self.classes, label: tuple(self.classes[label][k] for k in places)}
 
 
 @torch.no_grad()
 def start_from(classifier: Classifier, released: Classifier) -> None:
-    """Give a classifier the weights of another one: the trunk's and, of its heads, the rows of the classes that both
+    """Give a classifier the weights of another one: all but the heads', and of those the rows of the classes that both
     know; the others stay as they are. The two may see pictures of different sizes.
 
     Raises ValueError where their networks differ.
     """
     if replace(released.config, side_px=classifier.config.side_px) != classifier.config:
         raise ValueError("another network")
-    weights = {name: value for name, value in released.state_dict().items() if "heads." not in name}
+    weights = {name: value for name, value in released.state_dict().items() if not name.startswith("heads.")}
     classifier.load_state_dict(weights, strict=False)
     for label, classes in classifier.classes.items():
         if label not in released.classes:
@@ -134,10 +126,8 @@ def start_from(classifier: Classifier, released: Classifier) -> None:
         places = {name: k for k, name in enumerate(released.classes[label])}
         common = [(k, places[name]) for k, name in enumerate(classes) if name in places]
         ours, theirs = [k for k, _ in common], [k for _, k in common]
-        for new, old in zip(classifier.all_heads(label), released.all_heads(label), strict=True):
-            new.weight[ours] = old.weight[theirs]
-            if new.bias is not None:
-                new.bias[ours] = old.bias[theirs]
+        for new, old in zip(classifier.heads[label].parameters(), released.heads[label].parameters(), strict=True):
+            new[ours] = old[theirs]
 
 
 @torch.no_grad()
