@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 import shlex
 from pathlib import Path
@@ -14,6 +15,7 @@ from PIL import Image
 
 from ldm.cli import app
 from ldm.config import load
+from ldm.weights import load_classifier
 
 ROOT = Path(__file__).parent.parent
 
@@ -85,6 +87,17 @@ def test_shipped_weights_keep_to_their_sizes() -> None:
 
     for stage in load_cascade(folder).stages:
         assert sum(p.numel() for p in stage.denoiser.net.parameters()) <= 25_000_000
+
+
+def test_the_shipped_judge_is_the_one_that_the_card_speaks_of() -> None:
+    folder = ROOT / "training/weights/emoji-judge"
+    digest = hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
+    assert digest in (ROOT / "configs/emoji/judge.yaml").read_text()
+    classes = load_classifier(folder).classes
+    styles = re.findall(r"^\| ([a-z0-9 ]+) \| @iconify", (ROOT / "pipelines/weights/emoji/README.md").read_text(), re.M)
+    assert len(styles) == 6
+    assert set(styles) < set(classes["style"])
+    assert len(classes["cluster"]) == 1693
 
 
 def test_guides_name_only_files_that_exist() -> None:

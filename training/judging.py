@@ -87,12 +87,15 @@ def check_judge(judge: Classifier, asked: Sequence[Asked]) -> None:
 
 def verdicts(judge: Classifier, pictures: Tensor, asked: Sequence[Asked]) -> dict[str, Tensor]:
     """Of each picture (N, 3, H, W) in [-1, 1], 0 or 1: concept_top5, concept_top1, style, and both (top 5 and style).
+    The judge looks at the picture and at its mirror image, and the mean of its logits counts.
 
     A concept or style that the judge has no class for is never right.
     """
     found: dict[str, list[Tensor]] = {}
     for start in range(0, len(pictures), ROWS):
-        logits = classify(judge, pictures[start : start + ROWS])
+        part = pictures[start : start + ROWS]
+        logits, mirrored = classify(judge, part), classify(judge, part.flip(-1))
+        logits = {label: (each + mirrored[label]) / 2 for label, each in logits.items()}
         records = [{"fields": a.fields} for a in asked[start : start + ROWS]]
         concept, style = (labels_of(records, label, judge.classes[label]) for label in (CONCEPT, STYLE))
         among, first = (among_first(logits[CONCEPT], concept, top) for top in (TOP, 1))
