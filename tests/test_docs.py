@@ -89,7 +89,7 @@ def test_shipped_weights_keep_to_their_sizes() -> None:
         assert sum(p.numel() for p in stage.denoiser.net.parameters()) <= 25_000_000
 
 
-def test_the_shipped_judge_is_the_one_that_the_card_speaks_of() -> None:
+def test_the_shipped_judge_is_the_one_that_its_recipe_names() -> None:
     folder = ROOT / "training/weights/emoji-judge"
     digest = hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
     assert digest in (ROOT / "configs/emoji/judge.yaml").read_text()
