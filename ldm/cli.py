@@ -126,9 +126,9 @@ def train(
         bool, typer.Option("--shapes", help="With --dry-run: shapes and work alone; no data, weights or memory.")
     ] = False,
     preset: Annotated[
-        Literal["full", "lora", "control", "inversion", "sr"] | None,
+        Literal["full", "lora", "control", "inversion", "sr", "decoder"] | None,
         typer.Option(help="Of a data set: train all of the base, a LoRA of it, a ControlNet for it, a word that stands "
-                     "for the pictures, or the SR stage."),
+                     "for the pictures, the SR stage, or the codec's decoder."),
     ] = None,
     model: Annotated[Path | None, typer.Option(help="Of a data set: where to begin; default: the shipped one.")] = None,
     overrides: Set = None,

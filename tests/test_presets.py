@@ -18,7 +18,7 @@ from pipelines.foreign import export_pipeline, load_pipeline
 from tests.test_foreign import SCHEDULERS, SD1, apart, ours, stable_diffusion, theirs
 from tests.tiny import EMOJI, save_tiny_sr
 from tests.tiny_text import tiny_clip
-from training.presets import tuning
+from training.presets import decoder, tuning
 from training.run import train
 
 SHORT = ["--set", "loop.images=16", "--set", "loop.log_every_images=8", "--set", "loop.preview_every_images=16",
@@ -59,6 +59,31 @@ def test_one_command_trains_a_stage_of_a_cascade(
     again = CliRunner().invoke(app, words)
     assert again.exit_code == 0
     assert "train " not in again.output
+
+
+def test_a_decoder_learns_on_and_joins_the_cascade_again(
+    pictures: Path, tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    short = [*SHORT[:8], "--set", "optim.warmup_images=0", "--set", "loop.batch=8"]
+    words = ["train", str(pictures), "--preset", "decoder", "--model", str(tiny_folder), *short]
+    done = CliRunner().invoke(app, words)
+    assert done.exit_code == 0, done.output
+    final = Path("runs/my pictures-decoder/final")
+    assert done.output.splitlines()[-1] == str(final)
+    done = CliRunner().invoke(app, ["ckpt", "join", str(tiny_folder), "--out", "mine", "--codec", str(final)])
+    assert done.exit_code == 0, done.output
+    before, after = (load_cascade(folder).stages[0].codec for folder in (tiny_folder, "mine"))
+    assert before.latents_digest == after.latents_digest
+    weights = after.module.state_dict()
+    changed = {name for name, value in before.module.state_dict().items() if not torch.equal(value, weights[name])}
+    assert changed
+    assert all(".decoder." in name or ".post_quant_conv." in name for name in changed)
+    pixels = shutil.copytree(tiny_folder, tmp_path / "pixels")
+    file = pixels / "codec" / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text(encoding="utf-8")), "autoencoder": None}), encoding="utf-8")
+    with pytest.raises(UserError, match="its base works on pixels: there is no decoder to train"):
+        decoder(pictures, pixels)
 
 
 def test_what_learned_means_goes_on_with_means(pictures: Path, tiny_folder: Path, tmp_path: Path) -> None:

@@ -26,7 +26,7 @@ from training.files import lock, sweep
 from training.log import check_trackers
 from training.plan import Plan
 from training.posthoc import combine
-from training.presets import Preset, tuning
+from training.presets import Preset, decoder, tuning
 from training.processes import check_world, process_state, together
 from training.shapes import check_shapes
 from training.stop import Stop
@@ -58,7 +58,9 @@ def train(config_path: str | Path, run: str | Path | None = None, overrides: Seq
     config_path = Path(config_path)
     if config_path.is_dir():
         preset = preset or "full"
-        config, name = tuning(config_path, preset, model, overrides), f"{config_path.resolve().name}-{preset}"
+        config = (decoder(config_path, model, overrides) if preset == "decoder"
+                  else tuning(config_path, preset, model, overrides))  # fmt: skip
+        name = f"{config_path.resolve().name}-{preset}"
     elif (preset is not None or model is not None) and not config_path.exists():
         raise UserError(f"{config_path}: no such folder of pictures")
     elif preset is not None or model is not None:
