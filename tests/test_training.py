@@ -9,6 +9,7 @@ import shutil
 import signal
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -188,6 +189,18 @@ class TestRun:
         monkeypatch.setattr(tasks.DiffusionTask, "export", lambda *args: (_ for _ in ()).throw(UserError("no export")))
         with pytest.raises(UserError, match="no export"):
             train(ROOT / "configs/tiny/base_t5.yaml", tmp_path / "run", overrides, dry_run=True)
+
+    def test_a_run_that_memory_cannot_hold_is_refused_with_what_to_change(
+        self, runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        overrides = [*base_overrides(runs, "base_t5"), f"cache={tmp_path / 'cache'}"]
+        free = SimpleNamespace(available=15_000_000)  # gradients, two moments, an average of 0.98 M: 15.7 MB
+        monkeypatch.setattr(plan.psutil, "virtual_memory", lambda: free)
+        with pytest.raises(UserError, match=r"before any picture, and 0\.0 GB are free"):
+            train(ROOT / "configs/tiny/base_t5.yaml", tmp_path / "run", overrides, dry_run=True)
+        free.available = 16_000_000
+        train(ROOT / "configs/tiny/base_t5.yaml", tmp_path / "run", overrides, dry_run=True)
+        monkeypatch.undo()
 
     def test_averages_of_other_lengths_are_made_after_training(self, runs: Path, tmp_path: Path) -> None:
         more = ["ema.powers=[0.05, 0.15]", "ema.snapshot_every_images=32"]

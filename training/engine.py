@@ -27,7 +27,7 @@ from training.loader import BatchOrder, Prepared, StepModule, prepared
 from training.log import TrackerName
 from training.online import Online
 from training.optim import OptimConfig, build_optimizer
-from training.plan import Plan, choose_format
+from training.plan import Plan, check_memory, choose_format
 from training.processes import process_state
 from training.shard import (
     Sharding,
@@ -254,6 +254,7 @@ def start(task: Task, config: LoopConfig, optim: OptimConfig, ema: EmaConfig, se
     over: DeviceMesh | None = mesh(config.sharding) if config.sharding != "none" else None
     module = task.module.to(accelerator.device)
     adapt(module, config, accelerator.device)
+    check_memory(module, 1 + len(ema.powers), config, accelerator.device)
     trial = BatchOrder(task.cache, seed, 0, config.batch // (world * config.accumulation), config.batch)[0]
     plan = choose_format(module, trial, accelerator, config, run, fresh=found is None)
     module = module.to(memory_format=plan.torch_format)

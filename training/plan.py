@@ -10,10 +10,12 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import psutil
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast
 
+from ldm.config import UserError
 from ldm.weights import write_json
 from training.files import write_atomically
 from training.loader import Batch, StepModule
@@ -43,13 +45,13 @@ class Plan:
     def text(self, config: LoopConfig, averages: int, run: Path) -> str:
         """The plan in lines, before work. averages: how many are kept."""
         there = next(folder for folder in (run.absolute(), *run.absolute().parents) if folder.exists())
-        weights = 4 * self.parameters
-        moments = 8 * (self.parameters if self.trained is None else self.trained)  # AdamW has two
-        saved = weights * (1 + averages) + moments
+        trained = self.parameters if self.trained is None else self.trained
+        kept = kept_bytes(self.parameters, trained, averages)
+        saved = 4 * self.parameters + kept
         lines = [
             f"plan: {self.parameters / 1e6:.2f} million parameters, {self.memory_format} memory layout",
-            f"  memory: {self.peak_bytes / 1e9:.2f} GB at the peak of a forward and backward pass, and "
-            f"{(weights * averages + moments) / 1e9:.2f} GB for optimizer and averages",
+            f"  memory: {(self.peak_bytes + kept) / 1e9:.2f} GB, of which {self.peak_bytes / 1e9:.2f} GB are the peak "
+            f"of a forward and backward pass, and {kept / 1e9:.2f} GB optimizer and averages",
             f"  disk: {saved / 1e6:.0f} MB a checkpoint, up to {config.keep_checkpoints + 1} of them for a moment "
             f"({shutil.disk_usage(there).free / 1e9:.1f} GB free at {run})",
         ]
@@ -61,6 +63,35 @@ class Plan:
                 f"(trial: {tried}; optimizer, previews and saves come on top)"
             )
         return "\n".join(lines)
+
+
+def kept_bytes(parameters: int, trained: int, averages: int) -> int:
+    """What a run keeps beside its weights from step to step: AdamW's two moments, and averages; all float32."""
+    return 8 * trained + 4 * parameters * averages
+
+
+def check_memory(module: torch.nn.Module, averages: int, config: LoopConfig, device: torch.device) -> None:
+    """Raise UserError where gradients, optimizer and averages alone, without activations, are more than the memory
+    that is free beside the weights; it is not looked at where processes share them."""
+    if config.sharding != "none":
+        return
+    parameters, trained = counted(module)
+    needed = 4 * trained + kept_bytes(parameters, trained, averages)
+    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
+    if needed > free:
+        raise UserError(
+            f"training {trained / 1e6:.0f} of {parameters / 1e6:.0f} million parameters takes {needed / 1e9:.1f} GB "
+            f"for gradients ({4 * trained / 1e9:.1f}), optimizer ({8 * trained / 1e9:.1f}) and averages "
+            f"({4 * parameters * averages / 1e9:.1f}) beside the weights and before any picture, and "
+            f"{free / 1e9:.1f} GB are free. Train a part of them (--preset lora), share them over several processes "
+            "(loop.sharding=full), or use a machine with more memory"
+        )
+
+
+def counted(module: torch.nn.Module) -> tuple[int, int]:
+    """A module's parameters, and those of them that are trained."""
+    sizes = [(p.numel(), p.requires_grad) for p in module.parameters()]
+    return sum(n for n, _ in sizes), sum(n for n, trained in sizes if trained)
 
 
 def choose_format(module: StepModule, batch: Batch, accelerator: Accelerator, config: LoopConfig, run: Path,
@@ -85,8 +116,7 @@ def choose_format(module: StepModule, batch: Batch, accelerator: Accelerator, co
     best = torch.tensor(min(range(len(wanted)), key=lambda i: seconds[wanted[i]]), device=accelerator.device)
     if accelerator.num_processes > 1:
         best = broadcast(best)
-    parameters, trained = (sum(p.numel() for p in module.parameters() if every or p.requires_grad)
-                           for every in (True, False))  # fmt: skip
+    parameters, trained = counted(module)
     plan = Plan(wanted[int(best)], {k: round(v, 4) for k, v in seconds.items()}, parameters, peak_bytes(), trained)
     if accelerator.is_main_process:
         write_atomically(file, lambda path: write_json(path, asdict(plan)))
