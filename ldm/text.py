@@ -38,6 +38,7 @@ MINILM_SHA256 = {
 }
 _WEIGHTS = ("model.safetensors", "open_clip_model.safetensors", "open_clip_pytorch_model.safetensors")
 WHOLE = ("clip", "clip_projection", "open_clip")  # they attend to their padding, and keep all of its states
+_TOWER = "text.transformer."  # of a tower from Hugging Face among an open_clip model's weights
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 _TOKENIZER_EXTRAS = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 
@@ -278,7 +279,8 @@ def _read_weights(folder: Path, unused: str) -> tuple[dict[str, Tensor], dict[st
     for path in paths:
         with _refusal(path, "not readable as safetensors; fetch it again"):
             state |= load_file(path)
-    return {k: v for k, v in state.items() if not re.match(unused, k)}, {path.name: path for path in paths}
+    tower = {k.removeprefix(_TOWER): v for k, v in state.items() if k.startswith(_TOWER)}
+    return {k: v for k, v in (tower or state).items() if not re.match(unused, k)}, {path.name: path for path in paths}
 
 
 def _load_transformers(kind: str, folder: Path) -> _Parts:

@@ -13,7 +13,8 @@ _JOINED = ("joint", "clip_pair")
 @dataclass(frozen=True)
 class TextPart(Config):
     """Which text encoder. `minilm` is the packaged one; open_clip is a folder with open_clip_config.json.
-    The others are folders in Hugging Face layout, or text_encoder/ of a diffusers folder beside tokenizer/.
+    The others are folders in Hugging Face layout, or text_encoder/ of a diffusers folder beside tokenizer/; bert also a
+    CLIP that `ldm train` made, whose text tower it then is.
 
     width: of its states, where that is to be known without the encoder; another one is refused.
     """

@@ -12,6 +12,7 @@ from torch import nn
 from torch.nn.functional import cross_entropy, normalize
 
 from ldm.config import UserError, load
+from ldm.text import TextConfig, load_text_encoder
 from ldm.weights import load_clip
 from tests.tiny import EMOJI, ROOT
 from tests.tiny_text import tiny_bert
@@ -96,6 +97,18 @@ def test_a_moved_folder_still_loads(final: Path, tmp_path: Path) -> None:
     (tmp_path / "moved/open_clip_config.json").write_text(json.dumps(told))
     texts = ["a cat"]
     assert torch.equal(load_clip(tmp_path / "moved").texts(texts), load_clip(final).texts(texts))
+
+
+def test_its_text_tower_is_a_text_encoder_of_kind_bert(final: Path) -> None:
+    clip, texts = load_clip(final), ["red heart, noto style", "a cat"]
+    states, real = load_text_encoder(TextConfig("bert", str(final))).encode(texts)
+    assert real is not None
+    ids = clip.tokens(texts)
+    with torch.no_grad():
+        theirs = clip.model.text.transformer(input_ids=ids, attention_mask=(ids != 0).long()).last_hidden_state
+    length = min(states.shape[1], theirs.shape[1])
+    assert torch.equal(real[:, :length], (ids != 0)[:, :length])
+    torch.testing.assert_close(states[real], theirs[:, :length][real[:, :length]])
 
 
 def test_a_text_has_the_same_tokens_in_training_and_after(shared: list[str], final: Path) -> None:
