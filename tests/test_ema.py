@@ -36,6 +36,19 @@ def wandering(module: nn.Module, steps: int, seed: int = 0) -> Iterator[torch.Te
         yield flat(module)
 
 
+def test_what_is_not_trained_keeps_its_bits() -> None:
+    """-0 averaged with itself would be 0, and the digest of an encoder that a decoder was trained beside another."""
+    module = nn.Linear(2, 2)
+    nn.init.constant_(module.bias, -0.0)
+    module.bias.requires_grad_(False)
+    ema = Ema(module, EmaConfig(halflife_images=BATCH, powers=(0.1,)))
+    for k, _ in enumerate(wandering(nn.ParameterList([module.weight]), 20)):
+        ema.update(module, BATCH * (k + 1), BATCH)
+    for average in ema.averages.values():
+        assert average.bias.signbit().all()
+        assert not torch.equal(average.weight, module.weight)
+
+
 def training(steps: int) -> Iterator[nn.Module]:
     """A short real training of a tiny U-Net on four latents; yields it after every step."""
     # here, because the processes of the sharded test import this file and need none of it

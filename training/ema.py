@@ -6,6 +6,7 @@ import copy
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import compress
 
 import numpy as np
 import torch
@@ -119,10 +120,11 @@ class Ema:
         factors = [math.prod(decay(images - i * step_images, step_images, self.config.halflife_images)
                              for i in range(pending))]  # fmt: skip
         factors += [power_decay(images, pending * step_images, power) for power in self.config.powers]
-        theirs = _local(module.parameters())
+        trained = [p.requires_grad for p in module.parameters()]  # an average of the others would turn -0 into 0
+        theirs = _local(compress(module.parameters(), trained))
         for average, factor in zip(self.averages.values(), factors, strict=True):
             _reshard(average)
-            torch._foreach_lerp_(_local(average.parameters()), theirs, 1 - factor)
+            torch._foreach_lerp_(_local(compress(average.parameters(), trained)), theirs, 1 - factor)
             for own, new in zip(average.buffers(), module.buffers(), strict=True):
                 own.copy_(new)
         return pending * step_images
