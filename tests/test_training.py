@@ -200,7 +200,6 @@ class TestRun:
             train(ROOT / "configs/tiny/base_t5.yaml", tmp_path / "run", overrides, dry_run=True)
         free.available = 16_000_000
         train(ROOT / "configs/tiny/base_t5.yaml", tmp_path / "run", overrides, dry_run=True)
-        monkeypatch.undo()
 
     def test_averages_of_other_lengths_are_made_after_training(self, runs: Path, tmp_path: Path) -> None:
         more = ["ema.powers=[0.05, 0.15]", "ema.snapshot_every_images=32"]

@@ -254,7 +254,8 @@ def start(task: Task, config: LoopConfig, optim: OptimConfig, ema: EmaConfig, se
     over: DeviceMesh | None = mesh(config.sharding) if config.sharding != "none" else None
     module = task.module.to(accelerator.device)
     adapt(module, config, accelerator.device)
-    check_memory(module, 1 + len(ema.powers), config, accelerator.device)
+    if found is None:  # what has run once fits, and a process does not give back all that it no longer uses
+        check_memory(module, 1 + len(ema.powers), config, accelerator.device)
     trial = BatchOrder(task.cache, seed, 0, config.batch // (world * config.accumulation), config.batch)[0]
     plan = choose_format(module, trial, accelerator, config, run, fresh=found is None)
     module = module.to(memory_format=plan.torch_format)

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import json
 import tempfile
@@ -165,6 +166,7 @@ def _rehearse(config: AnyRun, folder: Path, stop: Stop) -> Path:
         own = replace(config.loop, trackers=(), save_every_images=batch, preview_every_images=batch)
         small = replace(config.shortened(Path(temporary), DRY_ROWS), loop=own)
         _train(small, run, "never", stop, until=batch)
+        gc.collect()  # its networks hang in cycles, and the second step needs their memory
         _train(small, run, "must", stop, until=2 * batch)
         assert checkpoint.newest(run) is not None
         chosen = Plan(**read_json(run / "chosen.json"))
