@@ -12,7 +12,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from ldm.cli import app
-from tests.test_presets import SHORT
+from tests.test_presets import SHORT, SHORT_DECODER
 from tests.tiny import EMOJI, ROOT, save_tiny_sr
 
 GUIDES = sorted((ROOT / "configs/guides").glob("*.md"))
@@ -30,7 +30,7 @@ def small(words: list[str], model: Path) -> list[str]:
     words = [str(model) if word == SHIPPED else word for word in words]
     own = [] if "--model" in words else ["--model", str(model)]
     if words[0] == "train":
-        return [*words, *own, *SHORT]
+        return [*words, *own, *(SHORT_DECODER if "decoder" in words else SHORT)]
     if words[0] == "generate":
         return [*words, *own, "--steps", "2", "--n", "2", "--overwrite"]
     if words[0] == "upscale":

@@ -25,6 +25,8 @@ SHORT = ["--set", "loop.images=16", "--set", "loop.log_every_images=8", "--set",
          "--set", "loop.save_every_images=16", "--set", "sampling.steps=2", "--set",
          "optim.warmup_images=0"]  # fmt: skip
 
+SHORT_DECODER = [*SHORT[:8], "--set", "optim.warmup_images=0", "--set", "loop.batch=8"]
+
 
 @pytest.fixture
 def pictures(tmp_path: Path) -> Path:
@@ -65,8 +67,7 @@ def test_a_decoder_learns_on_and_joins_the_cascade_again(
     pictures: Path, tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    short = [*SHORT[:8], "--set", "optim.warmup_images=0", "--set", "loop.batch=8"]
-    words = ["train", str(pictures), "--preset", "decoder", "--model", str(tiny_folder), *short]
+    words = ["train", str(pictures), "--preset", "decoder", "--model", str(tiny_folder), *SHORT_DECODER]
     done = CliRunner().invoke(app, words)
     assert done.exit_code == 0, done.output
     final = Path("runs/my pictures-decoder/final")
