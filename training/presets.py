@@ -26,7 +26,9 @@ PROMPTS = 4
 _HELD_OUT = ("validation", "val", "valid", "dev", "test", "combos", "held")
 PASSES, FEWEST, MOST = 40, 4_000, 40_000  # over the pictures, and images in all
 LARGE = 1024  # the width of a U-Net that is trained as Stable Diffusion's are, with small steps
-_RATES = {"lora": (1e-3, 1e-4), "inversion": (1e-2, 5e-3), "decoder": (4e-4, 4e-5)}  # of a small and a large network
+_RATES = {"lora": (1e-3, 1e-4), "control": (1e-3, 1e-5), "inversion": (1e-2, 5e-3),
+          "decoder": (4e-4, 4e-5)}  # of a small and of a large network  # fmt: skip
+_CONTROL_DROPOUT = 0.5  # Zhang et al. 2023, sec. 3.4: without a caption the picture told is all there is to go by
 # a small network is convolutions more than attentions, and a LoRA of these alone hardly moves it
 _LORA = {"rank": 32, "targets": ["to_q", "to_k", "to_v", "to_out.0", "net.0.proj", "net.2", "conv1", "conv2", "conv_in",
                                  "conv_out", "conv_shortcut"]}  # fmt: skip
@@ -62,6 +64,7 @@ def tuning(pictures: Path, preset: Preset, model: str | Path | None = None,
     if preset in ("lora", "control"):
         small = max(stage.unet.widths) < LARGE
         data[preset] = dict(_LORA) if preset == "lora" and small else {}
+        data |= {"dropout": _CONTROL_DROPOUT} if preset == "control" else {}
     elif preset == "inversion":
         data[preset] = {"word": " ".join(re.findall(r"\w+", pictures.absolute().stem.lower())) or "mine"}
     for item in overrides:
