@@ -79,6 +79,10 @@ def copied_control(network: nn.Module, config: UNetConfig, shape: UNetShape, fac
         part = getattr(control, name, None)
         if isinstance(part, nn.Module):
             part.load_state_dict(getattr(network, name).state_dict())
+    told = control.controlnet_cond_embedding
+    for layer in (told.conv_in, *told.blocks):  # PyTorch's own beginning shrinks a picture a thousandfold on its way
+        nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
+        nn.init.zeros_(layer.bias)
     return control
 
 
