@@ -309,10 +309,8 @@ def _load_transformers(kind: str, folder: Path) -> _Parts:
     if faults:
         more = f"; and {len(faults) - 10} more" if len(faults) > 10 else ""
         raise UserError(f"{folder}: the weights do not fit config.json: {'; '.join(faults[:10])}{more}")
-    if len(tokenizer) > config.vocab_size:
-        raise UserError(
-            f"{folder}: the tokenizer is not the network's: {len(tokenizer)} tokens, not {config.vocab_size}"
-        )
+    if (tokens := len(tokenizer)) > config.vocab_size:
+        raise UserError(f"{folder}: the tokenizer is not the network's: {tokens} tokens, not {config.vocab_size}")
 
     def states(ids: Tensor, real: Tensor) -> Tensor:
         # Stable Diffusion lets CLIP attend to its padding
@@ -352,9 +350,7 @@ def _build(model_class: Any, config: Any, state: dict[str, Tensor]) -> tuple[Any
             logging.enable_progress_bar()
 
 
-def _load_tokenizer(
-    tokenizer_class: Any, vocabulary: tuple[str, ...], folder: Path
-) -> tuple[Any, dict[str, Path]]:
+def _load_tokenizer(tokenizer_class: Any, vocabulary: tuple[str, ...], folder: Path) -> tuple[Any, dict[str, Path]]:
     """The tokenizer in the folder, or in tokenizer/ beside text_encoder/ as diffusers keeps it; its files."""
     beside = folder.with_name(folder.name.replace("text_encoder", "tokenizer"))
     choices = [(place, names) for place in (folder, beside) for names in (("tokenizer.json",), vocabulary)]

@@ -111,6 +111,10 @@ def test_a_split_that_metadata_name_is_held_out(pictures: Path, tiny_folder: Pat
     assert (own.data.split, own.validation.split) == ("test", "test")
 
 
+def test_a_control_net_hears_half_of_the_captions(pictures: Path, tiny_folder: Path) -> None:
+    assert [tuning(pictures, preset, tiny_folder).dropout for preset in ("control", "full")] == [0.5, 0.1]
+
+
 def test_the_rest_is_in_shares_of_the_images_asked_for(pictures: Path, tiny_folder: Path) -> None:
     loop = tuning(pictures, "full", tiny_folder, ["loop.images=2000"]).loop
     assert (loop.images, loop.preview_every_images, loop.log_every_images) == (2000, 500, 100)
