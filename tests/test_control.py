@@ -128,7 +128,12 @@ def test_a_preset_trains_one_and_flags_use_it(
     done = CliRunner().invoke(app, measured)
     assert done.exit_code == 0, done.output
     report = json.loads(Path("out/control/report.json").read_text(encoding="utf-8"))
-    assert report["measures"]["scale 0"].keys() == {"correlation", "F1 within 1 px"}
+    without, told = (report["measures"][f"scale {scale}"] for scale in (0, 1))
+    assert without.keys() == {"correlation", "F1 within 1 px"}
+    for name, (value, *_) in without.items():
+        gain = told[f"{name}, beyond that of scale 0"]
+        assert gain[0] == pytest.approx(told[name][0] - value)
+        assert gain[1] <= gain[0] <= gain[2]
     recipes = [read_recipe(Path(folder) / "0001.png") for folder in ("0", "1", "plain")]
     assert len({recipe["model"] for recipe in recipes if recipe}) == 3
 
