@@ -76,8 +76,8 @@ def evaluate(model: str | Path, data: str | Path, control: str | Path, out: str 
         shown += list(to_uint8(drawn[:SHOWN]))
         tell(str(Table("", {f"scale {scale:g}": found})).strip())
     table = Table(f"How much the {told.kind} drawn are those told, {len(rows)} pictures a scale", lines,
-                  note="95% intervals over concepts; those of what is beyond another scale are of the same captions and "
-                       "seeds, picture by picture. Scale 0 is the base without the ControlNet.")  # fmt: skip
+                  note="95% intervals over concepts; those of what is beyond another scale are of the same captions "
+                       "and seeds, picture by picture. Scale 0 is the base without the ControlNet.")  # fmt: skip
     Path(out).mkdir(parents=True, exist_ok=True)
     save_png(grid(shown, min(SHOWN, len(rows))), Path(out) / "pictures.png")
     report: dict[str, Any] = {"model": cascade.digest, "split": split, "control": told.kind, "pictures": len(rows),
