@@ -184,11 +184,12 @@ def ckpt_join(
     folders: Annotated[list[Path], typer.Argument(metavar="DIR...", help="Cascade folders, base first.")],
     out: Annotated[Path, typer.Option(help="A new folder for the cascade.")],
     codec: Annotated[Path | None, typer.Option(help="A codec of the same encoder, in place of theirs.")] = None,
+    palette: Annotated[Path | None, typer.Option(help="A palette for the base, such as RUN/final of one.")] = None,
 ) -> None:
     """Put the stages of several folders, such as RUN/final of a base and of an SR run, into one cascade."""
-    from pipelines.cascade import join
+    from pipelines.join import join
 
-    typer.echo(str(join(folders, out, codec)))
+    typer.echo(str(join(folders, out, codec, palette)))
 
 
 @app.command()

@@ -28,6 +28,7 @@ from ldm.noise import NoiseSchedule, NoiseScheduleConfig
 Kernel = Literal["area", "bicubic", "nearest"]
 NULL_LEVEL = 1.0
 CONTRAST_WINDOW_PX = 1.0
+_WAVES, _COLOURS_ALIKE = 32, 40.0  # colours nearer than this, of 255, move nearly alike
 
 
 @dataclass(frozen=True)
@@ -111,7 +112,8 @@ class DegradationConfig(Config):
     in pixels of the small picture), Gaussian noise of `noise_std` (of 255) and JPEG compression of `jpeg_quality`;
     ranges are drawn uniformly. The noise is white, or blurred by a Gaussian of `noise_px` pixels to grains of that
     size, as codecs and networks leave them, and brought back to its deviation. Blur comes before or after the
-    reduction, noise before or after JPEG, at random.
+    reduction, noise before or after JPEG, at random. At the end, by the share `colour`, each colour becomes another
+    one near it, `colour_std` (of 255) away: what is flat stays flat, as where a network took a wrong colour.
     """
 
     kernels: tuple[Kernel, ...] = ("area",)
@@ -122,13 +124,15 @@ class DegradationConfig(Config):
     noise_px: tuple[float, float] = (0.0, 0.0)
     jpeg: float = 0.0
     jpeg_quality: tuple[int, int] = (30, 95)
+    colour: float = 0.0
+    colour_std: tuple[float, float] = (2.0, 24.0)
 
     def __post_init__(self) -> None:
         if not self.kernels:
             raise ValueError("kernels must name at least one of area, bicubic, nearest")
-        if any(not 0 <= share <= 1 for share in (self.blur, self.noise, self.jpeg)):
-            raise ValueError("blur, noise and jpeg are shares, from 0 to 1")
-        for name in ("blur_px", "noise_std", "jpeg_quality"):
+        if any(not 0 <= share <= 1 for share in (self.blur, self.noise, self.jpeg, self.colour)):
+            raise ValueError("blur, noise, jpeg and colour are shares, from 0 to 1")
+        for name in ("blur_px", "noise_std", "jpeg_quality", "colour_std"):
             low, high = getattr(self, name)
             if not 0 < low <= high:
                 raise ValueError(f"{name} must be a range of positive numbers, not {low} to {high}")
@@ -141,7 +145,7 @@ class DegradationConfig(Config):
     @property
     def random(self) -> bool:
         """Whether equal pictures can become different ones."""
-        return len(self.kernels) > 1 or max(self.blur, self.noise, self.jpeg) > 0
+        return len(self.kernels) > 1 or max(self.blur, self.noise, self.jpeg, self.colour) > 0
 
 
 def degrade(high_res: Tensor, scale: int, config: DegradationConfig,
@@ -175,7 +179,19 @@ def _degrade_one(planes: Tensor, scale: int, config: DegradationConfig, generato
         noise = _grains(torch.randn(planes.shape, generator=generator), config.noise_px, generator)
         planes = planes + _between(config.noise_std, u[8]) * noise
     planes = _jpeg(planes, quality) if compressed and not early else planes
-    return _pixels(planes)
+    return _pixels(_recoloured(planes, config, generator) if config.colour else planes)
+
+
+def _recoloured(planes: Tensor, config: DegradationConfig, generator: torch.Generator) -> Tensor:
+    """Colours moved by a random smooth function of the colour: a sum of waves, as in random Fourier features."""
+    u = torch.rand(2, generator=generator, dtype=torch.float64).tolist()
+    directions = torch.randn(3, _WAVES, generator=generator) / _COLOURS_ALIKE
+    phases = 2 * math.pi * torch.rand(_WAVES, generator=generator)
+    moves = torch.randn(_WAVES, 3, generator=generator) * math.sqrt(2 / _WAVES)
+    if u[0] >= config.colour:
+        return planes
+    waves = torch.cos(planes.movedim(1, -1) @ directions + phases)
+    return planes + _between(config.colour_std, u[1]) * (waves @ moves).movedim(-1, 1)
 
 
 def _grains(noise: Tensor, size_px: tuple[float, float], generator: torch.Generator) -> Tensor:

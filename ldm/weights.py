@@ -28,6 +28,7 @@ from ldm.models.autoencoder import build_autoencoder
 from ldm.models.classifier import Classifier, ClassifierConfig, check_by_palette
 from ldm.models.clip import Clip, ClipConfig, build_clip, clip_config, clip_settings, tokenizer
 from ldm.models.noisy_classifier import NoisyClassifier, NoisyClassifierConfig
+from ldm.models.palette import Palette, PaletteConfig
 from ldm.noise import NoiseScheduleConfig
 
 N = TypeVar("N", bound=nn.Module)
@@ -287,6 +288,40 @@ def load_noisy_classifier(folder: str | Path) -> tuple[NoisyClassifier, NoisyCla
     found = parse(NoisyClassifierFile, read_json(folder / "config.json"), str(folder / "config.json"))
     network = load_network(
         lambda: NoisyClassifier(found.noisy_classifier, found.latent_channels, found.classes), folder / CLASSIFIER_FILE
+    )
+    return network, found
+
+
+@dataclass(frozen=True)
+class PaletteFile(Config):
+    """config.json of a palette's folder. colours: how many there are; text_digest: of the text encoder whose states it
+    is told, of text_width."""
+
+    palette: PaletteConfig
+    colours: int
+    text_width: int
+    text_digest: str
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.colours <= self.palette.colours or self.text_width < 1:
+            raise ValueError(f"colours must be from 1 to {self.palette.colours}, and text_width at least 1")
+
+
+def save_palette(palette: Palette, text_digest: str, folder: Path) -> None:
+    """Write a palette's folder: config.json and model.safetensors, in float16."""
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {name: value.detach().cpu().half().contiguous() for name, value in palette.state_dict().items()}
+    save_file(tensors, folder / CLASSIFIER_FILE)
+    file = PaletteFile(palette.config, len(palette.colours), palette.text_width, text_digest)
+    write_json(folder / "config.json", to_dict(file))
+
+
+def load_palette(folder: str | Path) -> tuple[Palette, PaletteFile]:
+    """Read a palette's folder. Raises UserError where it is not one or is damaged."""
+    folder = Path(folder)
+    found = parse(PaletteFile, read_json(folder / "config.json"), str(folder / "config.json"))
+    network = load_network(
+        lambda: Palette(found.palette, torch.zeros(found.colours, 3), found.text_width), folder / CLASSIFIER_FILE
     )
     return network, found
 

@@ -3,7 +3,7 @@
     prompts -> TextEncoder -> Conditioning -> Stage.sample -> 8-bit pictures -> the next Stage.sample -> ...
 
 A cascade folder: cascade.json, codecs by name (codec/), text/ (unless the text encoder is the packaged one), and
-per stage a folder with stage.json and unet/.
+per stage a folder with stage.json, unet/ and, where it has one, palette/.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ import math
 import os
 import shutil
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from itertools import count, pairwise
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from ldm.conditioning import Conditioning
 from ldm.config import Config, UserError, apply_override, parse, to_dict
 from ldm.denoiser import Denoiser
 from ldm.lora import PREFIX, merge_lora, text_networks
+from ldm.models.palette import Palette
 from ldm.models.unet import build_unet
 from ldm.noise import NoiseSchedule
 from ldm.text import TextConfig, TextEncoder, load_text_encoder
@@ -37,9 +38,11 @@ from ldm.weights import (
     folder_digest,
     load_codec,
     load_network,
+    load_palette,
     read_json,
     save_codec,
     save_network,
+    save_palette,
     write_json,
 )
 from ldm.words import load_words
@@ -209,7 +212,14 @@ class Cascade:
             networks = {PREFIX: stage.denoiser.net, **text_networks(found.text.module)}
             told = f"{stage.config.name} {merge_lora(networks, Path(path), weight)} {weight!r}"
             found = replace(found, digest=hashlib.sha256(f"{found.digest} {told}".encode()).hexdigest())
+            found = found if stage.palette is None else found._unpainted(path)
         return found
+
+    def _unpainted(self, why: str) -> Cascade:
+        """Without the palette, which is of the colours of other pictures than those that `why` was trained on."""
+        note = f"the palette of {self.stages[0].config.name} is left out: it has other colours than {why} may ask for"
+        stages = [replace(stage, palette=None) for stage in self.stages]
+        return replace(self, stages=stages, notes=(*self.notes, note))
 
     def taught(self, embeddings: Sequence[str]) -> Cascade:
         """With words for its text encoder, each "PATH", or "WORD=PATH" for a word of another name. The encoder is
@@ -224,6 +234,7 @@ class Cascade:
                 found.text.learn(word if sign else name, rows)
             told = f"{found.digest} {word} {digest}"
             found = replace(found, digest=hashlib.sha256(told.encode()).hexdigest())
+            found = found if found.stages[0].palette is None else found._unpainted(path)
         return found
 
     def recipe(self, prompt: str, seed: int, sampling: Sequence[SamplingConfig], negative: str = "") -> dict[str, Any]:
@@ -255,7 +266,10 @@ class Cascade:
             shutil.copyfile(path, partial / "text" / name)
         for stage in self.stages:
             save_network(stage.denoiser.net, partial / stage.config.name / "unet")
-            config = replace(stage.config, codec_digest=codec_digest(partial / stage.config.codec))
+            if stage.palette is not None:
+                save_palette(stage.palette, stage.config.text_digest, partial / stage.config.name / "palette")
+            digest, palette = codec_digest(partial / stage.config.codec), stage.palette is not None
+            config = replace(stage.config, codec_digest=digest, palette=palette)
             write_json(partial / stage.config.name / "stage.json", to_dict(config))
         names = tuple(s.config.name for s in self.stages)
         write_json(partial / "cascade.json", to_dict(CascadeConfig(FORMAT, names, text)))
@@ -311,55 +325,6 @@ def load_text(folder: str | Path) -> TextEncoder:
     return load_text_encoder(config.text.placed(str(folder / "text")))
 
 
-def join(folders: Sequence[str | Path], out: str | Path, codec: str | Path | None = None) -> Path:
-    """Write the stages of cascade folders, in order, as one cascade into `out`; returns it.
-
-    codec: one that takes the place of every codec with the same encoder, such as one whose decoder learned on. Raises
-    UserError where there is none such.
-    Raises UserError where a stage does not enlarge what the one before makes, names repeat, or `out` exists. Stages
-    may differ in their codecs, but share the text encoder of the first folder that must be all of theirs.
-    """
-    parts = [load_cascade(folder) for folder in folders]
-    stages: list[Stage] = []
-    taken: dict[str, str] = {}
-    for part, folder in zip(parts, folders, strict=True):
-        if part.text.digest != parts[0].text.digest:
-            raise UserError(f"{folder}: another text encoder than that of {folders[0]}; train one stage again with it")
-        for stage in part.stages:
-            name = next(n for n in _codec_names(stage.config.codec) if taken.get(n, stage.codec.digest)
-                        == stage.codec.digest)  # fmt: skip
-            taken[name] = stage.codec.digest
-            stages.append(replace(stage, config=replace(stage.config, codec=name)))
-    names = tuple(stage.config.name for stage in stages)
-    try:
-        CascadeConfig(FORMAT, names, parts[0].text.config)
-    except ValueError as error:
-        raise UserError(str(error)) from None
-    check_chain([stage.config for stage in stages])
-    if codec is not None:
-        stages = _with_codec(stages, load_codec(codec), str(codec))
-    Cascade(stages, parts[0].text).save(Path(out))
-    for part, folder in zip(parts, folders, strict=True):
-        name = "-".join(stage.config.name for stage in part.stages)
-        if (Path(folder) / "training.json").is_file():
-            shutil.copyfile(Path(folder) / "training.json", Path(out) / f"training-{name}.json")
-    return Path(out)
-
-
-def _with_codec(stages: Sequence[Stage], codec: Codec, name: str) -> list[Stage]:
-    """Stages with another codec, where that encodes to the same latents."""
-    fits = [stage.codec.module.autoencoder is not None and stage.codec.latents_digest == codec.latents_digest
-            for stage in stages]  # fmt: skip
-    if not any(fits):
-        raise UserError(f"{name}: no stage draws in the latents of this encoder")
-    return [replace(stage, codec=codec) if same else stage for stage, same in zip(stages, fits, strict=True)]
-
-
-def _codec_names(name: str) -> Iterator[str]:
-    yield name
-    yield from (f"{name}_{number}" for number in count(2))
-
-
 def _load_stage(folder: Path, config: StageConfig, codec: Codec, text_digest: str,
                 device: torch.device | str) -> Stage:  # fmt: skip
     for part, mine, found in (("codec", config.codec_digest, codec.digest), ("text", config.text_digest, text_digest)):
@@ -376,4 +341,19 @@ def _load_stage(folder: Path, config: StageConfig, codec: Codec, text_digest: st
         raise UserError(f"{folder}: resolution_px {config.resolution_px} is no multiple of {unit}")
     net = load_network(lambda: build_unet(config.unet, config.shape(shape.factor)), folder / "unet" / NETWORK_FILE)
     denoiser = Denoiser(net, NoiseSchedule(config.schedule), config.denoiser).to(device).eval()
-    return Stage(config, denoiser, codec)
+    palette = load_own_palette(folder / "palette", config, device) if config.palette else None
+    return Stage(config, denoiser, codec, palette=palette)
+
+
+def load_own_palette(folder: Path, config: StageConfig, device: torch.device | str = "cpu") -> Palette:
+    """The palette in a folder, for a stage. Raises UserError where there is none, or it does not fit the stage."""
+    if config.low_res is not None:
+        raise UserError(f"{folder}: a palette is of a base, and stage {config.name} enlarges")
+    palette, file = load_palette(folder)
+    if file.text_digest != config.text_digest:
+        raise UserError(f"{folder}: was trained with another text encoder ({file.text_digest[:12]}) than stage "
+                        f"{config.name} ({config.text_digest[:12]})")  # fmt: skip
+    if config.resolution_px % palette.config.factor:
+        raise UserError(f"{folder}: takes sides that are multiples of {palette.config.factor} px, and stage "
+                        f"{config.name} draws {config.resolution_px}")  # fmt: skip
+    return palette.to(device)

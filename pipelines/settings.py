@@ -30,7 +30,7 @@ class SamplingConfig(Config):
     """How a stage is sampled. guidance is w, 1 for none: of classifier-free guidance against the null of what `guided`
     names, the text, an SR stage's small picture, or both; or of autoguidance against the stage's weaker network.
     update: how it is applied. level: of the noise added to the small picture. attention: by what the network attends
-    (`ldm.models.attention`).
+    (`ldm.models.attention`). palette: whether a stage that has one puts what it draws onto its colours.
 
     grid: what times are evenly spaced in: t, log-SNR, or a power of sigma / alpha; or the steps of diffusers' "leading"
     spacing, `offset` from the first, or of "linspace" (`ldm.grids.GRIDS`); to the schedule's first step unless `clean`.
@@ -52,6 +52,7 @@ class SamplingConfig(Config):
     offset: int = 0
     clean: bool = True
     attention: Attention = "sdpa"
+    palette: bool = True
     update: UpdateConfig = UpdateConfig()
 
     def __post_init__(self) -> None:
@@ -94,7 +95,7 @@ class StageConfig(Config):
     codec: the folder of its codec in the cascade. low_res: None for a base. inpainting: whether the network is told
     what is known around a hole (`ldm.inpainting.condition_known`). posterior: whether it learned draws of the codec's
     posterior or its means, as training that goes on must. noise: keyed by purpose, or drawn in order as
-    diffusers' pipelines draw it (`ldm.draws.Draws`).
+    diffusers' pipelines draw it (`ldm.draws.Draws`). palette: whether a folder palette/ is part of it.
     """
 
     name: str
@@ -113,6 +114,7 @@ class StageConfig(Config):
     inpainting: bool = False
     posterior: Literal["draw", "mean"] = "draw"
     noise: Literal["keyed", "in_order"] = "keyed"
+    palette: bool = False
 
     def __post_init__(self) -> None:
         if not (self.name.isidentifier() and self.codec.isidentifier()):
@@ -125,8 +127,8 @@ class StageConfig(Config):
         if self.low_res is None:
             if self.sampling.guided in ("low_res", "both") or self.sampling.level:
                 raise ValueError("sampling: level, and guided low_res, are of small pictures; this stage takes none")
-        elif self.inpainting:
-            raise ValueError("inpainting is of a base: a stage that enlarges is told of a small picture")
+        elif self.inpainting or self.palette:
+            raise ValueError("inpainting and a palette are of a base: a stage that enlarges is told of a small picture")
         elif self.sampling.level > self.low_res.max_level:
             raise ValueError(f"sampling.level {self.sampling.level} is beyond the max_level {self.low_res.max_level} "
                              "that the stage was trained to")  # fmt: skip

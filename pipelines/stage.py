@@ -2,7 +2,7 @@
 
     Conditioning (and, for SR, small pictures -> condition_low_res) -> noise of each image -> sampler(guided denoiser)
             -> Normalisation.invert -> (x local contrast + the enlarged small picture's latent) -> LatentCodec.decode
-            -> pixels
+            -> (Palette) -> pixels
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from ldm.guidance import Autoguidance, ClassifierFreeGuidance, Denoises, Guidanc
 from ldm.inpainting import condition_known, holed_cells, repaint, without_hole
 from ldm.low_res import NULL_LEVEL, LowResConfig, condition_low_res, enlarge, local_contrast
 from ldm.models.attention import attend_by
+from ldm.models.palette import Palette
 from ldm.models.unet import UNetConfig, UNetShape, build_unet
 from ldm.noise import NoiseSchedule, NoiseScheduleConfig
 from ldm.sampling import SAMPLERS
@@ -63,7 +64,7 @@ class Stage:
     tile_px: side of the tiles that larger pictures are drawn in; None is the size it was trained on. weak: a denoiser
     of the same latents, less trained or smaller, for autoguidance. control: what its denoiser's ControlNet is told,
     (1, 3, H, W) for all pictures, or one for each of those asked for. canvas: width and height in pixels of what a base
-    draws; None is the square that it was trained on.
+    draws; None is the square that it was trained on. palette: puts what a base draws onto the colours of its data.
     """
 
     config: StageConfig
@@ -73,6 +74,7 @@ class Stage:
     weak: Denoiser | None = None
     control: Tensor | None = None
     canvas: Shape | None = None
+    palette: Palette | None = None
 
     @property
     def device(self) -> torch.device:
@@ -81,12 +83,13 @@ class Stage:
     @cached_property
     def multiple_px(self) -> int:
         """Sides of the pictures it makes are multiples of this many pixels."""
-        return self.codec.module.config.factor * self.config.unet.factor
+        unit = self.codec.module.config.factor * self.config.unet.factor
+        return unit if self.palette is None else math.lcm(unit, self.palette.config.factor)
 
     def settings(self, sampling: SamplingConfig) -> dict[str, Any]:
         """What of a sampling decides its pictures, as plain data."""
         found = to_dict(sampling)
-        for name in ("update", "offset", "clean", "attention", *OF_SAMPLERS):
+        for name in ("update", "offset", "clean", "attention", "palette", *OF_SAMPLERS):
             if getattr(sampling, name) == getattr(SamplingConfig(), name):
                 del found[name]
         if self.config.low_res is None:
@@ -164,7 +167,10 @@ class Stage:
             if small is not None and config is not None and config.residual:
                 enlarged = codec.encode(enlarge(small, config.scale)).chunk(2, 1)[0]
                 raw = raw * local_contrast(small, config, codec.config.factor) + enlarged
-            parts.append(codec.decode(raw)[: len(chunk)].cpu())
+            drawn = codec.decode(raw)
+            if self.palette is not None and sampling.palette:
+                drawn = self.palette(drawn, cond[index].to(self.device))
+            parts.append(drawn[: len(chunk)].cpu())
         return torch.cat(parts)
 
     def _tiled(self, cond: Conditioning, null: Conditioning, seed: int, sampling: SamplingConfig,

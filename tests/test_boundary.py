@@ -16,8 +16,9 @@ from torch import Tensor
 
 from ldm.config import UserError
 from ldm.weights import read_json
-from pipelines.cascade import join, load_cascade
+from pipelines.cascade import load_cascade
 from pipelines.images import to_uint8
+from pipelines.join import join
 from pipelines.tiles import windows
 from tests.tiny import save_tiny_cascade, save_tiny_sr
 from training.boundary import (

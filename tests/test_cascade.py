@@ -13,9 +13,10 @@ from PIL import Image
 
 from ldm.config import UserError, load, to_dict
 from ldm.weights import load_codec, read_json, write_json
-from pipelines.cascade import Cascade, join, load_cascade
+from pipelines.cascade import Cascade, load_cascade
 from pipelines.generate import ModelRequest, generate
 from pipelines.images import to_uint8
+from pipelines.join import join
 from training.run import train
 from training.tasks import RunConfig
 

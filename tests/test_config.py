@@ -22,7 +22,7 @@ from training.tasks import RunConfig
 
 # configs/accelerate holds files of the launcher, for tests/test_launch_configs.py
 CONFIGS = sorted(p for p in Path("configs").rglob("*.yaml") if p.parent.name != "accelerate")
-KINDS = "autoencoder, classifier, clip, diffusion, noisy_classifier, sequences"
+KINDS = "autoencoder, classifier, clip, diffusion, noisy_classifier, palette, sequences"
 AUTOENCODER = """\
 kind: autoencoder
 data:

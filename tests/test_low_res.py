@@ -124,6 +124,22 @@ class TestDegrade:
         loss = {q: float((made(jpeg=1.0, jpeg_quality=(q, q)) - plain).abs().mean()) for q in (10, 100)}
         assert loss[10] > 1.5 * loss[100] > 0
 
+    def test_colours_move_as_colours(self) -> None:
+        """What is flat stays flat, near colours move alike, and far ones each by the deviation asked for."""
+        generator = torch.Generator().manual_seed(0)
+        colours = torch.randint(60, 195, (16, 4, 4, 3), generator=generator)
+        near = colours + torch.tensor([1, -1, 1])
+        flat = torch.cat([colours, near], 1).to(torch.uint8).repeat_interleave(4, 1).repeat_interleave(4, 2)
+        mix = DegradationConfig(colour=1.0, colour_std=(8.0, 8.0))
+        assert mix.random
+        moved = degrade(flat, 1, mix, [torch.Generator().manual_seed(k) for k in range(16)])
+        assert torch.equal(moved, moved[:, ::4, ::4].repeat_interleave(4, 1).repeat_interleave(4, 2))
+        away = (moved.float() - flat.float())[:, ::4, ::4]
+        assert 7.0 < float((away**2).mean().sqrt()) < 9.0
+        assert float((away[:, :4] - away[:, 4:]).abs().max()) <= 3  # of colours two apart, in whole numbers
+        rarely = DegradationConfig(colour=1e-9)
+        assert torch.equal(degrade(flat, 1, rarely, [torch.Generator().manual_seed(k) for k in range(16)]), flat)
+
     def test_a_picture_depends_on_its_own_generator_only(self, large: Tensor) -> None:
         mix = DegradationConfig(("area", "bicubic", "nearest"), blur=0.5, noise=0.5, jpeg=0.5)
         together = degrade(large, 4, mix, [torch.Generator().manual_seed(k) for k in range(4)])

@@ -48,7 +48,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def base_overrides(runs: Path, name: str = "base") -> list[str]:
     text = {"base_clip": "clip", "base_t5": "t5"}.get(name)
     more = [f"text.path={ROOT / 'tests/data/text' / text}"] if text else []
-    needs = {"clip": [], "judge": [], "noisy_classifier": [f"model={runs / 'base_t5/final'}"]}
+    needs = {"clip": [], "judge": [], "palette": [], "noisy_classifier": [f"model={runs / 'base_t5/final'}"]}
     return shared(runs, *needs.get(name, [f"codec={runs / 'ae/final'}"]), *more)
 
 
@@ -97,6 +97,7 @@ class TestRun:
         ("autoencoder", [3, 7], ["loop.images=160"]),
         ("autoencoder", [3], ["loop.images=96", "loop.workers=2"]),
         ("sr", [4], ["loop.images=128"]),
+        ("palette", [4], ["loop.images=128"]),
     ])  # fmt: skip
     def test_interrupted_run_resumes_to_equal_weights(
         self, runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, stops: list[int], more: list[str]

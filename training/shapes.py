@@ -20,6 +20,7 @@ from ldm.latents import CodecConfig, LatentCodec
 from ldm.models.classifier import Classifier
 from ldm.models.clip import build_clip
 from ldm.models.noisy_classifier import NoisyClassifier
+from ldm.models.palette import Palette
 from ldm.models.sequence import SequenceTransformer
 from ldm.models.unet import build_unet, unet_shape
 from ldm.noise import NoiseSchedule
@@ -30,6 +31,7 @@ from training.classifier import ClassifierRun, cross_entropies
 from training.clip import ClipRun, clip_step, unlock
 from training.diffusion import DiffusionRun
 from training.noisy_classifier import NoisyClassifierRun
+from training.palette import PaletteInputs, PaletteModule, PaletteRun
 from training.sequences import SequencesRun
 from training.steps import autoencoder_step
 from training.tasks import AnyRun, RunConfig
@@ -122,6 +124,18 @@ def _noisy_classifier(config: NoisyClassifierRun, config_path: Path) -> tuple[nn
     return network, loss, [f"latents {side} x {side} x {channels} -> {', '.join(config.labels)}"]
 
 
+def _palette(config: PaletteRun, config_path: Path) -> tuple[nn.Module, Tensor, list[str]]:
+    width, side, batch = text_shape(config.text)[0], config.data.size_px, config.loop.batch
+    # for once computed, with random weights: there is no half precision to be left on the meta device
+    palette = Palette(config.palette, torch.rand(config.palette.colours, 3) * 255, width)
+    inputs = PaletteInputs(torch.randn(batch, 3, side, side), torch.randn(batch, width),
+                           torch.zeros(batch, config.pixels, dtype=torch.long),
+                           torch.rand(batch, config.pixels, 3) * 255)  # fmt: skip
+    module = PaletteModule(palette, config, Conditioning())
+    lines = [f"{side} px and text of {width} -> {config.palette.colours} colours, or fewer, of the data"]
+    return module, module(inputs).losses[0], lines
+
+
 def _classifier(config: ClassifierRun, config_path: Path) -> tuple[nn.Module, Tensor, list[str]]:
     with torch.device("meta"):
         network = Classifier(config.classifier, dict.fromkeys(config.labels, ("a", "b")))
@@ -191,5 +205,5 @@ def text_shape(text: TextConfig) -> tuple[int, int, bool]:
 
 _STEPS: dict[type, Callable[[Any, Path], tuple[nn.Module, Tensor, list[str]]]] = {
     AutoencoderRun: _autoencoder, ClassifierRun: _classifier, ClipRun: _clip, DiffusionRun: _diffusion,
-    NoisyClassifierRun: _noisy_classifier, SequencesRun: _sequences,
+    NoisyClassifierRun: _noisy_classifier, PaletteRun: _palette, SequencesRun: _sequences,
 }  # fmt: skip

@@ -17,14 +17,15 @@ from training.data import Reader
 from training.diffusion import DiffusionRun, DiffusionTask
 from training.engine import Task
 from training.noisy_classifier import NoisyClassifierRun, NoisyClassifierTask
+from training.palette import PaletteRun, PaletteTask
 from training.sequences import SequencesRun, SequencesTask
 
-DataRun = AutoencoderRun | ClassifierRun | ClipRun | DiffusionRun | NoisyClassifierRun
+DataRun = AutoencoderRun | ClassifierRun | ClipRun | DiffusionRun | NoisyClassifierRun | PaletteRun
 AnyRun = DataRun | SequencesRun
 RunConfig = Annotated[AnyRun, tagged()]
 _TASKS: dict[type, Any] = {
     AutoencoderRun: AutoencoderTask, ClassifierRun: ClassifierTask, ClipRun: ClipTask, DiffusionRun: DiffusionTask,
-    NoisyClassifierRun: NoisyClassifierTask,
+    NoisyClassifierRun: NoisyClassifierTask, PaletteRun: PaletteTask,
 }  # fmt: skip
 
 
@@ -46,6 +47,8 @@ def load_parts(config: AnyRun) -> tuple[tuple[Reader, Reader], Codec | None, Tex
     if isinstance(config, NoisyClassifierRun):
         codec = config.load_stage().codec
         return readers, codec if codec.module.config.autoencoder is not None else None, None
+    if isinstance(config, PaletteRun):
+        return readers, None, config.load_text()
     if not isinstance(config, DiffusionRun):
         return readers, None, None
     codec, text = config.load_frozen()
