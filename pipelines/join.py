@@ -45,12 +45,14 @@ def join(folders: Sequence[str | Path], out: str | Path, codec: str | Path | Non
     if palette is not None:
         stages[0] = replace(stages[0], palette=load_own_palette(Path(palette), stages[0].config))
     Cascade(stages, parts[0].text).save(Path(out))
-    if palette is not None and (Path(palette) / "training.json").is_file():
-        shutil.copyfile(Path(palette) / "training.json", Path(out) / "training-palette.json")
     for part, folder in zip(parts, folders, strict=True):
         name = "-".join(stage.config.name for stage in part.stages)
         if (Path(folder) / "training.json").is_file():
             shutil.copyfile(Path(folder) / "training.json", Path(out) / f"training-{name}.json")
+        for card in Path(folder).glob("training-*.json"):  # of what was joined before
+            shutil.copyfile(card, Path(out) / card.name)
+    if palette is not None and (Path(palette) / "training.json").is_file():
+        shutil.copyfile(Path(palette) / "training.json", Path(out) / "training-palette.json")
     return Path(out)
 
 

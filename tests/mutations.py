@@ -193,6 +193,15 @@ FILES: dict[str, tuple[str, list[tuple[str, str]]]] = {
     "ldm/models/noisy_classifier.py": ("steering", [
         ("log_softmax(1).gather", "softmax(1).gather"),
     ]),
+    "ldm/models/palette.py": ("palette", [
+        ("torch.cdist(pixels, self.colours) ** 2", "torch.cdist(pixels, self.colours)"),
+        ("(none < self.config.keep)", "(none > self.config.keep)"),
+        ("found[:, :-1].argmax(1)", "found.argmax(1).clamp(max=len(self.colours) - 1)"),
+        ("real.sum(1).clamp(min=1)", "real.shape[1]"),
+        ("distance <= same, nearest", "distance > same, nearest"),
+        ("> config.same / 2", "> config.same"),
+        ("descending=True, stable=True", "stable=True"),
+    ]),
 }  # fmt: skip
 
 

@@ -21,9 +21,12 @@ from typer.testing import CliRunner
 from ldm.cli import app
 from ldm.config import UserError
 from ldm.interop import read_scheduler, write_scheduler
+from ldm.models.palette import Palette, PaletteConfig
+from ldm.weights import save_palette
 from pipelines.cascade import Cascade, load_cascade
 from pipelines.foreign import check_target, export_pipeline, load_pipeline
 from pipelines.images import to_uint8
+from pipelines.join import join
 from pipelines.settings import SamplingConfig
 from tests.tiny_text import tiny_clip
 
@@ -225,6 +228,13 @@ def test_import_and_export_keep_the_pictures(
     assert apart(theirs(again)[0], latents) < 1e-5
     with pytest.raises(UserError, match="exists; an export is not written over"):
         export_pipeline(load_cascade(tmp_path / "ours"), tmp_path / "back")
+    text = load_cascade(tmp_path / "ours").text
+    palette = Palette(PaletteConfig(colours=2, widths=(8,)), torch.zeros(2, 3), text.width)
+    save_palette(palette, text.digest, tmp_path / "palette")
+    join([tmp_path / "ours"], tmp_path / "painted", palette=tmp_path / "palette")
+    done = runner.invoke(app, ["export", str(tmp_path / "painted"), str(tmp_path / "bare")])
+    assert done.exit_code == 0, done.output
+    assert "the palette is left out" in done.output
 
 
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])

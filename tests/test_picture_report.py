@@ -25,8 +25,8 @@ from training.classifier import classify
 from training.data import DataConfig, Reader
 from training.features import Features
 from training.judging import Asked, asked_of, check_judge, nearest_captions, resized, shares, verdicts
-from training.picture_report import evaluate, read_prompts
-from training.seen import Eyes, reference_of
+from training.picture_report import _memory, evaluate, read_prompts
+from training.seen import Eyes, Seen, reference_of
 
 CLASSES = {"cluster": ("a", "b", "c", "d", "e", "f", "g"), "style": ("noto", "twemoji")}
 SHAPE = ClassifierConfig(side_px=32, widths=(8, 8, 8, 8), blocks=(1, 1, 1, 1), norm_groups=4)
@@ -144,7 +144,11 @@ def test_the_report(tiny_folder: Path, judge_folder: Path, clip_folder: Path, tm
     assert any("no distance of sets" in note for note in report["notes"])
     near = report["nearest_training_picture"]
     assert set(near) == {"efflite0", "pixels at 32 px"}
-    assert all(line["ratio"] > 0 and 0 <= line["share nearer than 99% of the real ones"] <= 1 for line in near.values())
+    for line in near.values():
+        assert line["ratio"] > 0
+        for name in ("share nearer than 99% of the real ones", "that share, each real picture counted once"):
+            value, low, high = line[name]
+            assert 0 <= low <= value <= high <= 1
     page = (tmp_path / "out/report.html").read_text()
     assert "nearest.png" in page
     assert "http" not in page
@@ -215,6 +219,23 @@ def test_an_sr_stage_alone_is_refused(tmp_path: Path) -> None:
         evaluate(save_tiny_sr(tmp_path), EMOJI, tmp_path / "out", cache=tmp_path / "cache")
 
 
+def test_prompts_of_one_real_picture_are_one_witness() -> None:
+    """Of four prompts two share a real picture, and it is theirs that come out as a training picture, at 0."""
+    none = torch.zeros(4, 0)
+
+    def seen(*places: float) -> Seen:
+        return Seen(torch.tensor(places)[:, None], none, torch.tensor(places)[:, None], none)
+
+    asked = [Asked(f"p{k}", f"k{k}", {"cluster": cluster}) for k, cluster in enumerate("aabc")]
+    every = [a for a in asked for _ in range(2)]
+    report: dict[str, Any] = {}
+    drawn = seen(0.0, 0.0, 0.0, 5.0, 3.0, 3.0, 4.0, 4.0)
+    _memory(drawn, seen(2.0, 2.0, 3.0, 2.5), seen(0.0, 9.0), every, asked, report)
+    line = report["nearest_training_picture"]["efflite0"]
+    assert line["share nearer than 99% of the real ones"][0] == 3 / 8
+    assert line["that share, each real picture counted once"][0] == pytest.approx(1.5 / 6)
+
+
 @pytest.mark.slow
 def test_two_processes_find_what_one_finds(tiny_folder: Path, judge_folder: Path, tmp_path: Path) -> None:
     reports = []
@@ -229,4 +250,5 @@ def test_two_processes_find_what_one_finds(tiny_folder: Path, judge_folder: Path
         shutil.rmtree(cache)
     assert reports[0]["judge"] == reports[1]["judge"]
     for name, line in reports[0]["nearest_training_picture"].items():
-        assert reports[1]["nearest_training_picture"][name] == pytest.approx(line, rel=1e-5)
+        for measure, value in line.items():
+            assert reports[1]["nearest_training_picture"][name][measure] == pytest.approx(value, rel=1e-5)

@@ -104,7 +104,7 @@ def evaluate(model: Model, data: str | Path, out: str | Path, judge: str | Path 
     tables.append(_sets(own, seen_real, reference, each, asked, report))
     if eyes.clip is not None:
         tables.append(_similar(eyes.clip, own, seen_real, reference, each, asked, report))
-    tables.append(_memory(own, seen_real, reference, report))
+    tables.append(_memory(own, seen_real, reference, each, asked, report))
     for table in tables:
         tell(str(table))
     return _write(Path(out), report, tables, drawn, own, reference, known)
@@ -242,19 +242,28 @@ def _similar(clip: Clip, own: Seen, real: Seen | None, reference: Seen, every: l
     return Table(f"By CLIP, the prompt among {len(captions)} captions", lines)
 
 
-def _memory(own: Seen, real: Seen | None, reference: Seen, report: dict[str, Any]) -> Table:
-    """How near the nearest training picture is, beside the same for real held-out pictures."""
+def _memory(own: Seen, real: Seen | None, reference: Seen, every: list[Asked], asked: list[Asked],
+            report: dict[str, Any]) -> Table:  # fmt: skip
+    """How near the nearest training picture is, beside the same for real held-out pictures. Several prompts may be of
+    one real picture, to the pixel; then it is one witness of them all, and told apart as such."""
     lines: dict[str, dict[str, Estimate | float]] = {}
     for name, space in own.spaces().items():
         near = nearest(space, reference.spaces()[name].double())[0]
         lines[name] = {"median distance": float(near.median())}
         if real is not None:
             known = nearest(real.spaces()[name], reference.spaces()[name].double())[0]
-            closest = float(known.quantile(0.01))
+            places, counts = torch.unique(real.pixels, dim=0, return_inverse=True, return_counts=True)[1:]
+            share = 1 / counts[places].double()
+            of = {a.key: float(part) for a, part in zip(asked, share, strict=True)}
+            once = torch.tensor([int((places == k).nonzero()[0]) for k in range(len(counts))])
+            sampler = Resampler([a.group for a in every])
             lines[name] |= {
                 "the same of real pictures": float(known.median()),
                 "ratio": float(near.median() / known.median()),
-                "share nearer than 99% of the real ones": float((near < closest).double().mean()),
+                "share nearer than 99% of the real ones": sampler.mean(near < known.quantile(0.01)),
+                "that share, each real picture counted once": sampler.mean(
+                    near < known[once].quantile(0.01), torch.tensor([of[a.key] for a in every])
+                ),
             }
     report["nearest_training_picture"] = plain(lines)
     return Table("Distance to the nearest training picture", lines, note="A model that repeats its training pictures "

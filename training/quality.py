@@ -37,12 +37,13 @@ class Resampler:
         drawn = np.random.default_rng(seed).integers(len(names), size=(resamples, len(names)))
         self.counts = np.stack([np.bincount(row, minlength=len(names))[member] for row in drawn]).astype(np.float64)
 
-    def mean(self, values: Tensor) -> Estimate:
-        """Of values, one a picture: their mean and the percentiles of the resampled means."""
+    def mean(self, values: Tensor, weights: Tensor | None = None) -> Estimate:
+        """Of values, one a picture: their mean, weighted if asked, and the percentiles of the resampled means."""
         each = values.double().numpy()
-        means = self.counts @ each / self.counts.sum(1)
+        by = np.ones_like(each) if weights is None else weights.double().numpy()
+        means = self.counts @ (by * each) / (self.counts @ by)
         low, high = np.quantile(means, [0.025, 0.975])
-        return Estimate(float(each.mean()), float(low), float(high))
+        return Estimate(float((by * each).sum() / by.sum()), float(low), float(high))
 
     def spread(self, value: float, resampled: Callable[[Array], float]) -> Estimate:
         """Of a measure of the set: `resampled` computes it from counts. A resample repeats pictures, which moves such
