@@ -218,6 +218,16 @@ class TestTraining:
             build_task(load(RunConfig, ROOT / "configs/tiny/palette.yaml",
                             overrides(run.parent, more[0], "palette.features=8")))  # fmt: skip
 
+    def test_encoding_in_each_step_changes_no_loss(self, run: Path, tmp_path: Path) -> None:
+        found = []
+        for way in ("cached", "online"):
+            more = [f"cache={run.parent / 'cache'}", f"encode={way}", "loop.log_every_images=32"]
+            train(ROOT / "configs/tiny/palette.yaml", tmp_path / way, overrides(tmp_path, *more))
+            lines = [json.loads(line) for line in (tmp_path / way / "metrics.jsonl").read_text().splitlines()]
+            found.append([line["loss"] for line in lines if line["kind"] == "train"])
+        assert len(found[0]) == 10
+        assert found[1] == pytest.approx(found[0], rel=1e-3)  # a cache holds states in half precision
+
     def test_its_colours_are_the_commonest_of_the_data(self, run: Path) -> None:
         config = load(RunConfig, ROOT / "configs/tiny/palette.yaml", overrides(run.parent))
         assert isinstance(config, PaletteRun)
