@@ -351,6 +351,8 @@ def export(
 
     cascade = load_cascade(model).merged(loras or ())
     cascade = cascade if stage is None else cascade.only(stage)
+    for note in cascade.notes:
+        tell(note)
     if any(stage.palette is not None for stage in cascade.stages):
         tell("the palette is left out: pipelines of diffusers have none")
     kind = torch.float16 if dtype == "float16" else torch.float32

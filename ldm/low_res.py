@@ -113,7 +113,8 @@ class DegradationConfig(Config):
     ranges are drawn uniformly. The noise is white, or blurred by a Gaussian of `noise_px` pixels to grains of that
     size, as codecs and networks leave them, and brought back to its deviation. Blur comes before or after the
     reduction, noise before or after JPEG, at random. At the end, by the share `colour`, each colour becomes another
-    one near it, `colour_std` (of 255) away: what is flat stays flat, as where a network took a wrong colour.
+    one near it, `colour_std` (of 255) away in each channel: what is flat stays flat, as where a network took a wrong
+    colour.
     """
 
     kernels: tuple[Kernel, ...] = ("area",)

@@ -319,6 +319,8 @@ def save_palette(palette: Palette, text_digest: str, folder: Path) -> None:
 def load_palette(folder: str | Path) -> tuple[Palette, PaletteFile]:
     """Read a palette's folder. Raises UserError where it is not one or is damaged."""
     folder = Path(folder)
+    if not (folder / "config.json").is_file():
+        raise UserError(f"{folder}: no palette is there; of a run, name RUN/final")
     found = parse(PaletteFile, read_json(folder / "config.json"), str(folder / "config.json"))
     network = load_network(
         lambda: Palette(found.palette, torch.zeros(found.colours, 3), found.text_width), folder / CLASSIFIER_FILE

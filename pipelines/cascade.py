@@ -212,7 +212,9 @@ class Cascade:
             networks = {PREFIX: stage.denoiser.net, **text_networks(found.text.module)}
             told = f"{stage.config.name} {merge_lora(networks, Path(path), weight)} {weight!r}"
             found = replace(found, digest=hashlib.sha256(f"{found.digest} {told}".encode()).hexdigest())
-            found = found if stage.palette is None else found._unpainted(path)
+            base = found.stages[0]
+            if base.palette is not None and base.config.name == stage.config.name:
+                found = found._unpainted(path)
         return found
 
     def _unpainted(self, why: str) -> Cascade:

@@ -51,8 +51,11 @@ def join(folders: Sequence[str | Path], out: str | Path, codec: str | Path | Non
             shutil.copyfile(Path(folder) / "training.json", Path(out) / f"training-{name}.json")
         for card in Path(folder).glob("training-*.json"):  # of what was joined before
             shutil.copyfile(card, Path(out) / card.name)
-    if palette is not None and (Path(palette) / "training.json").is_file():
-        shutil.copyfile(Path(palette) / "training.json", Path(out) / "training-palette.json")
+    for part_name, own in (("codec", codec), ("palette", palette)):
+        if own is not None:
+            (Path(out) / f"training-{part_name}.json").unlink(missing_ok=True)
+            if (Path(own) / "training.json").is_file():
+                shutil.copyfile(Path(own) / "training.json", Path(out) / f"training-{part_name}.json")
     return Path(out)
 
 

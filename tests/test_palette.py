@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,8 @@ from ldm.words import save_words
 from pipelines.cascade import load_cascade
 from pipelines.images import read_recipe
 from pipelines.join import join
+from tests.test_presets import SHORT
+from tests.tiny import EMOJI
 from training.palette import PaletteRun, PaletteTask, colours_of
 from training.run import train
 from training.tasks import RunConfig, build_task
@@ -89,6 +92,8 @@ class TestNetwork:
         pixels = torch.tensor([[255.0, 254, 253], [3, 0, 0], [0, 5, 0], [45, 60, 200], [128, 128, 128]])
         assert nearest_colour(pixels, COLOURS, 4.0).tolist() == [0, 1, 6, 6, 6]
         assert nearest_colour(pixels, COLOURS, 5.0).tolist() == [0, 1, 1, 3, 6]
+        many = torch.randint(0, 252, (200, 3), generator=torch.Generator().manual_seed(0)).float()
+        assert nearest_colour(many + torch.tensor([4.0, 0, 0]), many, 4.0).max() < 200  # at the very distance
 
     def test_common_colours_are_the_commonest_that_are_apart(self) -> None:
         counts = torch.zeros(1 << 24, dtype=torch.int64)
@@ -132,6 +137,25 @@ class TestCascade:
         assert torch.equal(cascade.only("base").draw(PROMPTS[1:], [4])[-1], with_it[1:])
         assert cascade.digest != plain.digest
 
+    def test_each_picture_is_told_its_own_text(self, tiny_folder: Path) -> None:
+        """In calls of two rows, of which the last is padded; and the sides are multiples of both networks'."""
+        cascade = load_cascade(tiny_folder)
+        stage = cascade.stages[0]
+        torch.manual_seed(1)
+        deep = PaletteConfig(colours=6, keep=1.0, widths=(8,) * 5, features=4)
+        palette = Palette(deep, COLOURS, cascade.text.width).eval().requires_grad_(False)
+        palette.choices.weight.data.mul_(40)
+        palette.text.weight.data.mul_(40)
+        painted = replace(stage, palette=palette)
+        assert (stage.multiple_px, painted.multiple_px) == (16, 32)
+        prompts = [*PROMPTS, "a dog"]
+        cond, null = (Conditioning(*cascade.text.encode(texts)) for texts in (prompts, [""]))
+        plain = stage.sample(cond, null, [1, 1, 1], stage.config.sampling)
+        found = painted.sample(cond, null, [1, 1, 1], stage.config.sampling)
+        assert torch.equal(found, torch.cat([palette(plain[i : i + 1], cond[i : i + 1]) for i in range(3)]))
+        assert not torch.equal(found, torch.cat([palette(plain[i : i + 1], null) for i in range(3)]))
+        assert not torch.equal(found[:2], palette(plain[:2], cond[1:]))
+
     def test_it_is_saved_and_read(self, model: Path, tmp_path: Path) -> None:
         cascade = load_cascade(model)
         cascade.save(tmp_path / "again")
@@ -171,11 +195,33 @@ class TestCascade:
         for tuned in (load_cascade(model).merged([str(tmp_path / "lora")]),
                       load_cascade(model).taught([str(next((tmp_path / "words").iterdir()))])):  # fmt: skip
             assert tuned.stages[0].palette is None
-            assert any("the palette of base is left out" in note for note in tuned.notes)
+            assert sum("the palette of base is left out" in note for note in tuned.notes) == 1
+        twice = load_cascade(model).merged([str(tmp_path / "lora"), f"{tmp_path / 'lora'}:0.5"])
+        assert len(twice.notes) == 1
+
+    def test_joining_again_keeps_the_records_of_what_stays(
+        self, tiny_folder: Path, model: Path, tmp_path: Path
+    ) -> None:
+        shutil.copytree(model, tmp_path / "old")
+        for part in ("base", "codec"):
+            write_json(tmp_path / f"old/training-{part}.json", {"of": part})
+        join([tmp_path / "old"], tmp_path / "again")
+        assert {p.name for p in (tmp_path / "again").glob("training-*")} == {
+            f"training-{part}.json" for part in ("base", "codec", "palette")
+        }
+        join([tmp_path / "old"], tmp_path / "new", codec=model / "codec", palette=model / "base/palette")
+        assert {p.name for p in (tmp_path / "new").glob("training-*")} == {"training-base.json"}
+
+    def test_a_base_that_has_one_is_tuned_without(self, model: Path, tmp_path: Path) -> None:
+        own = [f"cache={tmp_path / 'cache'}", *SHORT[1::2]]
+        final = train(EMOJI, tmp_path / "run", own, preset="full", model=model)
+        assert load_cascade(final).stages[0].palette is None
 
     def test_what_does_not_fit_is_refused(self, tiny_folder: Path, model: Path, tmp_path: Path) -> None:
         width = load_cascade(tiny_folder).text.width
         save_palette(sure(0.0, width), "0" * 64, tmp_path / "other")
+        with pytest.raises(UserError, match="no palette is there; of a run, name RUN/final"):
+            join([tiny_folder], tmp_path / "out", palette=tmp_path)
         with pytest.raises(UserError, match="trained with another text encoder"):
             join([tiny_folder], tmp_path / "out", palette=tmp_path / "other")
         deep = PaletteConfig(colours=6, widths=(8,) * 8, features=4)

@@ -36,7 +36,7 @@ COUNTED, COUNTED_AT_ONCE = 10_000, 64  # pictures whose colours are counted
 class PaletteRun(StageRun):
     """`ldm train` of a palette for a base that draws `data.size_px`. text: that base's encoder; degradation: what
     moves the colours that it learns to put back; pixels: of each picture, at random places, in a step; dropout: the
-    share of items that it is told no text of."""
+    share of items that it is told no text of. init: a palette that learns on, with its own colours."""
 
     kind: Literal["palette"] = "palette"
     text: TextConfig = TextConfig()
@@ -132,7 +132,8 @@ class PaletteTask:
         else:
             palette, file = load_palette(config.init)
             if replace(file.palette, keep=config.palette.keep) != config.palette or file.text_digest != text.digest:
-                raise UserError(f"init: {config.init} is a palette of another shape, or of another text encoder")
+                raise UserError(f"init: {config.init} is a palette of another shape or `same`, or of another text "
+                                "encoder")  # fmt: skip
             palette.config = config.palette
             palette.train().requires_grad_(True)
         self.module = PaletteModule(palette, config, self.cache.null)

@@ -75,6 +75,8 @@ def evaluate(model: Model, data: str | Path, out: str | Path, judge: str | Path 
     check_out(Path(out), FILES, overwrite)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     cascade = replace(request_of(model), stages=stages, device=device).load(tell)
+    for line in cascade.notes:
+        tell(line)
     side = cascade.stages[-1].config.resolution_px
     held = Reader(DataConfig(path=str(data), split=split, size_px=side))
     known = Reader(DataConfig(path=str(data), split="train", size_px=side))
@@ -95,6 +97,7 @@ def evaluate(model: Model, data: str | Path, out: str | Path, judge: str | Path 
         "model": cascade.digest, "split": None if prompts else split, "prompts": len(asked), "seeds": seeds,
         "pictures": len(drawn), "reference": {"split": "train", "pictures": len(reference.features)},
         "sampling": [to_dict(s) for s in cascade.sampling(overrides=overrides)],
+        "palettes": [stage.config.name for stage in cascade.stages if stage.palette is not None],
         "features": {"network": "EfficientNet-Lite0", "weights": SHA256, "side_px": FEATURES_PX,
                      "resize": "area where it divides, else antialiased bicubic"}, **environment(),
     }  # fmt: skip
@@ -245,24 +248,25 @@ def _similar(clip: Clip, own: Seen, real: Seen | None, reference: Seen, every: l
 def _memory(own: Seen, real: Seen | None, reference: Seen, every: list[Asked], asked: list[Asked],
             report: dict[str, Any]) -> Table:  # fmt: skip
     """How near the nearest training picture is, beside the same for real held-out pictures. Several prompts may be of
-    one real picture, to the pixel; then it is one witness of them all, and told apart as such."""
+    one real picture, to the pixel at PIXELS_PX; then it is one witness of them all, and told apart as such."""
     lines: dict[str, dict[str, Estimate | float]] = {}
+    sampler = Resampler([a.group for a in every])
+    if real is not None:
+        places, counts = torch.unique(real.pixels, dim=0, return_inverse=True, return_counts=True)[1:]
+        share = dict(zip((a.key for a in asked), (1 / counts[places].double()).tolist(), strict=True))
+        weights = torch.tensor([share[a.key] for a in every])
+        once = torch.tensor([int((places == k).nonzero()[0]) for k in range(len(counts))])
     for name, space in own.spaces().items():
         near = nearest(space, reference.spaces()[name].double())[0]
         lines[name] = {"median distance": float(near.median())}
         if real is not None:
             known = nearest(real.spaces()[name], reference.spaces()[name].double())[0]
-            places, counts = torch.unique(real.pixels, dim=0, return_inverse=True, return_counts=True)[1:]
-            share = 1 / counts[places].double()
-            of = {a.key: float(part) for a, part in zip(asked, share, strict=True)}
-            once = torch.tensor([int((places == k).nonzero()[0]) for k in range(len(counts))])
-            sampler = Resampler([a.group for a in every])
             lines[name] |= {
                 "the same of real pictures": float(known.median()),
                 "ratio": float(near.median() / known.median()),
                 "share nearer than 99% of the real ones": sampler.mean(near < known.quantile(0.01)),
                 "that share, each real picture counted once": sampler.mean(
-                    near < known[once].quantile(0.01), torch.tensor([of[a.key] for a in every])
+                    near < known[once].quantile(0.01), weights
                 ),
             }
     report["nearest_training_picture"] = plain(lines)

@@ -16,21 +16,22 @@ from dataclasses import dataclass
 import torch
 from diffusers.models.resnet import ResnetBlock2D
 from torch import Tensor, nn
-from torch.nn.functional import avg_pool2d, interpolate, pixel_shuffle, pixel_unshuffle, silu
+from torch.nn.functional import avg_pool2d, interpolate, linear, pixel_shuffle, pixel_unshuffle, silu
 
 from ldm.conditioning import Conditioning
 from ldm.config import Config
 
 UNSHUFFLE = 2
 TOLD = 64  # numbers that the text is told by
+PIXELS_AT_ONCE = 1 << 15  # of which all chances are in memory
 _NEAR = 20.0  # of 255: how far off a colour is to begin with thought to come out
 
 
 @dataclass(frozen=True)
 class PaletteConfig(Config):
     """A U-Net of one residual block for each of `widths`, each after the first at half the grid, which finds
-    `features` numbers of each pixel. colours: how many there are; a pixel within `same` (of 255) of one is of that
-    colour. keep: a pixel stays as it is where "none of them" is at least so likely."""
+    `features` numbers of each pixel. colours: how many there are at most; a pixel within `same` (of 255) of one is of
+    that colour. keep: a pixel stays as it is where "none of them" is at least so likely."""
 
     colours: int = 512
     same: float = 4.0
@@ -79,7 +80,7 @@ class Palette(nn.Module):
         self.own = nn.Sequential(nn.Conv2d(3, features, 1), nn.SiLU(), nn.Conv2d(features, features, 1))
         self.around = nn.Conv2d(features, features, 3, padding=1)
         self.choices = nn.Linear(features, len(colours) + 1)
-        self.log_precision = nn.Parameter(torch.tensor(-math.log(2 * _NEAR**2)))
+        self.log_precision = nn.Parameter(torch.tensor([-math.log(2 * _NEAR**2)]))
 
     def _block(self, before: int, width: int) -> ResnetBlock2D:
         return ResnetBlock2D(in_channels=before, out_channels=width, temb_channels=TOLD,
@@ -104,19 +105,22 @@ class Palette(nn.Module):
         """log p of each colour and, last, of none of them, (N, K + 1), for features (N, features) and the colours that
         these pixels have now, (N, 3) of 255: colours far from that begin less likely."""
         with torch.autocast(features.device.type, enabled=False):
-            logits = self.choices(features.float())
-            near = torch.cdist(pixels, self.colours) ** 2 * self.log_precision.exp()
+            logits = linear(features.float(), self.choices.weight.float(), self.choices.bias.float())
+            near = apart(pixels.float(), self.colours.float()) ** 2 * self.log_precision.float().exp()
             return torch.cat([logits[:, :-1] - near, logits[:, -1:]], 1).log_softmax(1)
 
     @torch.no_grad()
     def forward(self, pictures: Tensor, cond: Conditioning) -> Tensor:
-        """The pictures with each pixel on the likeliest colour, but those kept that are likely of none."""
+        """The pictures, (B, 3, H, W) in [-1, 1] and clipped to it, with each pixel on the likeliest colour, but those
+        kept that are likely of none. Sides must be multiples of `config.factor`."""
         pixels = (pictures.clamp(-1, 1) + 1) * 127.5
         rows = [each.movedim(1, -1).flatten(0, -2) for each in (self.features_of(pictures, pooled(cond)), pixels)]
-        found = self.log_probs(*rows)
-        none, likeliest = found[:, -1].exp(), found[:, :-1].argmax(1)
-        put = torch.where((none < self.config.keep)[:, None], self.colours[likeliest], rows[1])
-        return put.view_as(pixels.movedim(1, -1)).movedim(-1, 1) / 127.5 - 1
+        parts = []
+        for features, own in zip(*(each.split(PIXELS_AT_ONCE) for each in rows), strict=True):
+            found = self.log_probs(features, own)
+            none, likeliest = found[:, -1].exp(), found[:, :-1].argmax(1)
+            parts.append(torch.where((none < self.config.keep)[:, None], self.colours[likeliest], own))
+        return torch.cat(parts).view_as(pixels.movedim(1, -1)).movedim(-1, 1) / 127.5 - 1
 
 
 def pooled(cond: Conditioning) -> Tensor:
@@ -128,9 +132,14 @@ def pooled(cond: Conditioning) -> Tensor:
     return (cond.text * real).sum(1) / real.sum(1).clamp(min=1)
 
 
+def apart(pixels: Tensor, colours: Tensor) -> Tensor:
+    """Distances of colours (N, 3) and (K, 3), (N, K); not by products of matrices, which round what is near."""
+    return torch.cdist(pixels, colours, compute_mode="donot_use_mm_for_euclid_dist")
+
+
 def nearest_colour(pixels: Tensor, colours: Tensor, same: float) -> Tensor:
     """The class of pixels (N, 3): the place of the nearest of (K, 3) colours, or K where that is beyond `same`."""
-    distance, nearest = torch.cdist(pixels, colours).min(1)
+    distance, nearest = apart(pixels, colours).min(1)
     return torch.where(distance <= same, nearest, len(colours))
 
 
@@ -142,7 +151,7 @@ def common_colours(counts: Tensor, config: PaletteConfig) -> Tensor:
     found = torch.empty(0, 3)
     for key in keys.tolist():
         colour = torch.tensor([[key >> 16, key >> 8 & 255, key & 255]], dtype=torch.float32)
-        if not len(found) or float(torch.cdist(colour, found).min()) > config.same / 2:
+        if not len(found) or float(apart(colour, found).min()) > config.same / 2:
             found = torch.cat([found, colour])
         if len(found) == config.colours:
             break
