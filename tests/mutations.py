@@ -194,7 +194,7 @@ FILES: dict[str, tuple[str, list[tuple[str, str]]]] = {
         ("log_softmax(1).gather", "softmax(1).gather"),
     ]),
     "ldm/models/palette.py": ("palette", [
-        ("torch.cdist(pixels, self.colours) ** 2", "torch.cdist(pixels, self.colours)"),
+        ("self.colours.float()) ** 2", "self.colours.float())"),
         ("(none < self.config.keep)", "(none > self.config.keep)"),
         ("found[:, :-1].argmax(1)", "found.argmax(1).clamp(max=len(self.colours) - 1)"),
         ("real.sum(1).clamp(min=1)", "real.shape[1]"),

@@ -92,8 +92,10 @@ class TestNetwork:
         pixels = torch.tensor([[255.0, 254, 253], [3, 0, 0], [0, 5, 0], [45, 60, 200], [128, 128, 128]])
         assert nearest_colour(pixels, COLOURS, 4.0).tolist() == [0, 1, 6, 6, 6]
         assert nearest_colour(pixels, COLOURS, 5.0).tolist() == [0, 1, 1, 3, 6]
-        many = torch.randint(0, 252, (200, 3), generator=torch.Generator().manual_seed(0)).float()
-        assert nearest_colour(many + torch.tensor([4.0, 0, 0]), many, 4.0).max() < 200  # at the very distance
+        steps = torch.arange(27.0, 252, 32)
+        many = torch.cartesian_prod(steps, steps, steps)
+        at_the_very_distance = many + torch.tensor([4.0, 0, 0])
+        assert torch.equal(nearest_colour(at_the_very_distance, many, 4.0), torch.arange(len(many)))
 
     def test_common_colours_are_the_commonest_that_are_apart(self) -> None:
         counts = torch.zeros(1 << 24, dtype=torch.int64)

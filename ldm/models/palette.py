@@ -133,7 +133,7 @@ def pooled(cond: Conditioning) -> Tensor:
 
 
 def apart(pixels: Tensor, colours: Tensor) -> Tensor:
-    """Distances of colours (N, 3) and (K, 3), (N, K); not by products of matrices, which round what is near."""
+    """Distances of colours (N, 3) and (K, 3), (N, K); not by products of matrices, which GPUs may round to ten bits."""
     return torch.cdist(pixels, colours, compute_mode="donot_use_mm_for_euclid_dist")
 
 
