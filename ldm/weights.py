@@ -1,7 +1,7 @@
 """Weights on disk: a folder = config.json + safetensors. Save, load strictly, digest. Never a pickle.
 
 Networks are saved in diffusers' own layout and CLIPs in open_clip's, so that the stock classes load them too;
-classifiers in one of ours.
+classifiers and palettes in one of ours.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from ldm.noise import NoiseScheduleConfig
 N = TypeVar("N", bound=nn.Module)
 
 NETWORK_FILE = "diffusion_pytorch_model.safetensors"
-CLASSIFIER_FILE = "model.safetensors"
+OWN_FILE = "model.safetensors"
 CLIP_FILE = "open_clip_model.safetensors"
 MAX_HEADER_BYTES = 25_000_000
 MAX_DIMENSIONS = 8
@@ -236,6 +236,13 @@ def load_codec(folder: str | Path) -> Codec:
     return Codec(codec.eval().requires_grad_(False), codec_digest(folder))
 
 
+def _save_own(network: nn.Module, folder: Path) -> None:
+    """Write the weights of a network that is ours, in float16."""
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {name: value.detach().cpu().half().contiguous() for name, value in network.state_dict().items()}
+    save_file(tensors, folder / OWN_FILE)
+
+
 @dataclass(frozen=True)
 class ClassifierFile(Config):
     """config.json of a classifier's folder."""
@@ -249,9 +256,7 @@ class ClassifierFile(Config):
 
 def save_classifier(classifier: Classifier, folder: Path) -> None:
     """Write a classifier folder: config.json and model.safetensors, in float16."""
-    folder.mkdir(parents=True, exist_ok=True)
-    tensors = {name: value.detach().cpu().half().contiguous() for name, value in classifier.state_dict().items()}
-    save_file(tensors, folder / CLASSIFIER_FILE)
+    _save_own(classifier, folder)
     write_json(folder / "config.json", to_dict(ClassifierFile(classifier.config, classifier.classes)))
 
 
@@ -259,7 +264,7 @@ def load_classifier(folder: str | Path) -> Classifier:
     """Read a classifier folder. Raises UserError where it is not one or is damaged."""
     folder = Path(folder)
     found = parse(ClassifierFile, read_json(folder / "config.json"), str(folder / "config.json"))
-    return load_network(lambda: Classifier(found.classifier, found.classes), folder / CLASSIFIER_FILE)
+    return load_network(lambda: Classifier(found.classifier, found.classes), folder / OWN_FILE)
 
 
 @dataclass(frozen=True)
@@ -276,9 +281,7 @@ class NoisyClassifierFile(Config):
 
 def save_noisy_classifier(classifier: NoisyClassifier, file: NoisyClassifierFile, folder: Path) -> None:
     """Write a noise-aware classifier's folder: config.json and model.safetensors, in float16."""
-    folder.mkdir(parents=True, exist_ok=True)
-    tensors = {name: value.detach().cpu().half().contiguous() for name, value in classifier.state_dict().items()}
-    save_file(tensors, folder / CLASSIFIER_FILE)
+    _save_own(classifier, folder)
     write_json(folder / "config.json", to_dict(file))
 
 
@@ -287,7 +290,7 @@ def load_noisy_classifier(folder: str | Path) -> tuple[NoisyClassifier, NoisyCla
     folder = Path(folder)
     found = parse(NoisyClassifierFile, read_json(folder / "config.json"), str(folder / "config.json"))
     network = load_network(
-        lambda: NoisyClassifier(found.noisy_classifier, found.latent_channels, found.classes), folder / CLASSIFIER_FILE
+        lambda: NoisyClassifier(found.noisy_classifier, found.latent_channels, found.classes), folder / OWN_FILE
     )
     return network, found
 
@@ -309,9 +312,7 @@ class PaletteFile(Config):
 
 def save_palette(palette: Palette, text_digest: str, folder: Path) -> None:
     """Write a palette's folder: config.json and model.safetensors, in float16."""
-    folder.mkdir(parents=True, exist_ok=True)
-    tensors = {name: value.detach().cpu().half().contiguous() for name, value in palette.state_dict().items()}
-    save_file(tensors, folder / CLASSIFIER_FILE)
+    _save_own(palette, folder)
     file = PaletteFile(palette.config, len(palette.colours), palette.text_width, text_digest)
     write_json(folder / "config.json", to_dict(file))
 
@@ -323,7 +324,7 @@ def load_palette(folder: str | Path) -> tuple[Palette, PaletteFile]:
         raise UserError(f"{folder}: no palette is there; of a run, name RUN/final")
     found = parse(PaletteFile, read_json(folder / "config.json"), str(folder / "config.json"))
     network = load_network(
-        lambda: Palette(found.palette, torch.zeros(found.colours, 3), found.text_width), folder / CLASSIFIER_FILE
+        lambda: Palette(found.palette, torch.zeros(found.colours, 3), found.text_width), folder / OWN_FILE
     )
     return network, found
 
